@@ -1,0 +1,136 @@
+// The Python extension rankernel._C: pointers and sizes in, a status out. Checks nothing (python/rankernel/ops does),
+// releases the GIL, calls one function.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "block_attention.h"
+#include "cpu/cpu_features.h"
+#include "cpu/dispatch.h"
+#include "document_scores.h"
+
+namespace py = pybind11;
+using namespace rankernel;
+
+namespace {
+
+#ifdef RANKERNEL_AMX_EMULATED
+constexpr int kBuiltIsas = kNumIsas;
+#else
+constexpr int kBuiltIsas = kAmxEmulated;
+#endif
+
+using Tensor = std::tuple<uintptr_t, int64_t, int64_t>;  // address, token stride, head stride
+using LayoutTuple =
+    std::tuple<uintptr_t, uintptr_t, int64_t, int64_t, bool>;  // cu_seqlens, list_offsets, sizes, causal
+using Heads = std::tuple<int64_t, int64_t, int64_t>;           // query heads, KV heads, head size
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+TokenHeads token_heads(const Tensor& t) { return {pointer<void>(std::get<0>(t)), std::get<1>(t), std::get<2>(t)}; }
+
+Layout layout_of(const LayoutTuple& t, int64_t num_tokens) {
+  return {pointer<const int32_t>(std::get<0>(t)),
+          pointer<const int32_t>(std::get<1>(t)),
+          std::get<2>(t),
+          std::get<3>(t),
+          num_tokens,
+          std::get<4>(t)};
+}
+
+const KernelTable& table_of(const std::string& op) {
+  for (int i = 0; i < kNumKernelTables; ++i)
+    if (op == kKernelTables[i].op) return kKernelTables[i];
+  throw py::value_error("unknown op " + op);
+}
+
+int bound_block_attention(int isa, int dtype, const Tensor& query, const Tensor& key, const Tensor& value,
+                          const Tensor& out, uintptr_t lse, uintptr_t sinks, const LayoutTuple& layout,
+                          int64_t num_tokens, const Heads& heads, float scale, float softcap, int64_t window,
+                          int num_threads) {
+  const BlockAttentionArgs args{static_cast<DType>(dtype),
+                                token_heads(query),
+                                token_heads(key),
+                                token_heads(value),
+                                token_heads(out),
+                                pointer<float>(lse),
+                                pointer<const float>(sinks),
+                                layout_of(layout, num_tokens),
+                                std::get<0>(heads),
+                                std::get<1>(heads),
+                                std::get<2>(heads),
+                                scale,
+                                softcap,
+                                window,
+                                num_threads};
+  const py::gil_scoped_release release;
+  return static_cast<int>(block_attention(args, isa));
+}
+
+template <Status (*kOp)(const DocumentScoresArgs&, int)>
+int bound_document_scores(int isa, int dtype, const Tensor& query, const Tensor& key, uintptr_t rows, int64_t num_rows,
+                          uintptr_t out, int64_t max_documents, const LayoutTuple& layout, int64_t num_tokens,
+                          const Heads& heads, float scale, float softcap, int num_threads) {
+  const DocumentScoresArgs args{static_cast<DType>(dtype),
+                                token_heads(query),
+                                token_heads(key),
+                                pointer<const int64_t>(rows),
+                                num_rows,
+                                pointer<float>(out),
+                                max_documents,
+                                layout_of(layout, num_tokens),
+                                std::get<0>(heads),
+                                std::get<1>(heads),
+                                std::get<2>(heads),
+                                scale,
+                                softcap,
+                                num_threads};
+  const py::gil_scoped_release release;
+  return static_cast<int>(kOp(args, isa));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "CPU kernels of rankernel: block_attention, document_logsumexp, token_attention_mass.";
+
+  module.def("isas", [] {
+    std::vector<std::string> names;
+    for (int isa = 0; isa < kBuiltIsas; ++isa) names.emplace_back(isa_name(isa));
+    return names;
+  });
+  module.def("missing_features", [] {
+    std::map<std::string, std::string> missing;
+    for (int isa = 0; isa < kBuiltIsas; ++isa) {
+      const char* feature = missing_feature(isa);
+      missing[isa_name(isa)] = feature ? feature : "";
+    }
+    return missing;
+  });
+  module.def("kernels", [](const std::string& op) {
+    constexpr const char* kDTypes[3] = {"float32", "bfloat16", "float16"};
+    std::vector<std::pair<std::string, std::vector<std::string>>> kernels;
+    for (int isa = 0; isa < kBuiltIsas; ++isa) {
+      std::vector<std::string> dtypes;
+      for (int dtype = 0; dtype < 3; ++dtype)
+        if (table_of(op).has[isa][dtype]) dtypes.emplace_back(kDTypes[dtype]);
+      if (!dtypes.empty()) kernels.emplace_back(isa_name(isa), dtypes);
+    }
+    return kernels;
+  });
+  module.def("selected_isa", [](const std::string& op, int dtype, int isa) {
+    return std::string(isa_name(select_isa(table_of(op), static_cast<DType>(dtype), isa)));
+  });
+
+  module.def("block_attention", bound_block_attention);
+  module.def("document_logsumexp", bound_document_scores<document_logsumexp>);
+  module.def("token_attention_mass", bound_document_scores<token_attention_mass>);
+}

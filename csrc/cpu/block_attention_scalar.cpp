@@ -1,0 +1,16 @@
+#include "attention_kernels.h"
+
+namespace rankernel::scalar {
+namespace {
+#include "simd/scalar.h"
+#include "simd/tile.h"
+#include "block_attention_kernel.h"
+}  // namespace
+
+AttentionKernels attention_kernels(DType dtype) {
+  if (dtype == DType::kBFloat16) return BlockAttention<FloatPanels, BFloat16>::kernels();
+  if (dtype == DType::kFloat16) return BlockAttention<FloatPanels, Float16>::kernels();
+  return BlockAttention<FloatPanels, float>::kernels();
+}
+
+}  // namespace rankernel::scalar

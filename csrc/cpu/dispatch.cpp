@@ -1,0 +1,70 @@
+#include "dispatch.h"
+
+namespace rankernel {
+namespace {
+
+#ifdef RANKERNEL_AMX_EMULATED
+constexpr bool kEmulated = true;
+#else
+constexpr bool kEmulated = false;
+#endif
+
+constexpr int kAttention = 0, kScores = 1;
+
+}  // namespace
+
+// dtypes in the order of DType: float32, bfloat16, float16.
+extern const KernelTable kKernelTables[] = {
+    {"block_attention",
+     {/* scalar       */ {true, true, true},
+      /* avx2         */ {true, true, true},
+      /* avx512       */ {true, true, true},
+      /* avx512bf16   */ {false, true, false},
+      /* amx          */ {false, true, false},
+      /* amx_emulated */ {false, kEmulated, false}}},
+    {"document_scores",
+     {/* scalar       */ {true, true, true},
+      /* avx2         */ {true, true, true},
+      /* avx512       */ {true, true, true},
+      /* avx512bf16   */ {false, false, false},
+      /* amx          */ {false, false, false},
+      /* amx_emulated */ {false, false, false}}},
+};
+extern const int kNumKernelTables = sizeof(kKernelTables) / sizeof(kKernelTables[0]);
+
+int select_isa(const KernelTable& table, DType dtype, int isa) {
+  while (!table.has[isa][static_cast<int>(dtype)]) --isa;
+  return isa;
+}
+
+AttentionKernels select_attention_kernels(DType dtype, int isa) {
+  switch (select_isa(kKernelTables[kAttention], dtype, isa)) {
+#ifdef RANKERNEL_AMX_EMULATED
+    case kAmxEmulated:
+      return amx_emulated::attention_kernels(dtype);
+#endif
+    case kAmx:
+      return amx::attention_kernels(dtype);
+    case kAvx512Bf16:
+      return avx512bf16::attention_kernels(dtype);
+    case kAvx512:
+      return avx512::attention_kernels(dtype);
+    case kAvx2:
+      return avx2::attention_kernels(dtype);
+    default:
+      return scalar::attention_kernels(dtype);
+  }
+}
+
+ScoreKernels select_score_kernels(DType dtype, int isa) {
+  switch (select_isa(kKernelTables[kScores], dtype, isa)) {
+    case kAvx512:
+      return avx512::score_kernels(dtype);
+    case kAvx2:
+      return avx2::score_kernels(dtype);
+    default:
+      return scalar::score_kernels(dtype);
+  }
+}
+
+}  // namespace rankernel

@@ -1,0 +1,62 @@
+"""The native extension: csrc/bindings.cpp."""
+
+Tensor = tuple[int, int, int]  # address, token stride, head stride, in elements
+Layout = tuple[int, int, int, int, bool]  # addresses of cu_seqlens and list_offsets, segments, lists, causal
+Heads = tuple[int, int, int]  # query heads, KV heads, head size
+
+def isas() -> list[str]: ...
+def missing_features() -> dict[str, str]: ...
+def kernels(op: str) -> list[tuple[str, list[str]]]: ...
+def selected_isa(op: str, dtype: int, isa: int, /) -> str: ...
+def block_attention(
+    isa: int,
+    dtype: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: int,
+    sinks: int,
+    layout: Layout,
+    num_tokens: int,
+    heads: Heads,
+    scale: float,
+    softcap: float,
+    window: int,
+    num_threads: int,
+    /,
+) -> int: ...
+def document_logsumexp(
+    isa: int,
+    dtype: int,
+    query: Tensor,
+    key: Tensor,
+    rows: int,
+    num_rows: int,
+    out: int,
+    max_documents: int,
+    layout: Layout,
+    num_tokens: int,
+    heads: Heads,
+    scale: float,
+    softcap: float,
+    num_threads: int,
+    /,
+) -> int: ...
+def token_attention_mass(
+    isa: int,
+    dtype: int,
+    query: Tensor,
+    key: Tensor,
+    rows: int,
+    num_rows: int,
+    out: int,
+    max_documents: int,
+    layout: Layout,
+    num_tokens: int,
+    heads: Heads,
+    scale: float,
+    softcap: float,
+    num_threads: int,
+    /,
+) -> int: ...

@@ -1,0 +1,28 @@
+"""rankernel: compiled kernels that make LLM rerankers fast.
+
+Ops: :func:`block_attention`, :func:`document_logsumexp`, :func:`token_attention_mass` over a :class:`BlockLayout`.
+Models: :func:`attach` to a Hugging Face model. Rerankers: :mod:`rankernel.rerankers`.
+"""
+
+import torch  # noqa: F401  before _C, so that both share torch's OpenMP runtime
+
+from rankernel import backends
+from rankernel.layout import BlockLayout
+from rankernel.models import ScoreRequest, attach, attached, detach, early_exit, model_inputs
+from rankernel.ops import block_attention, document_logsumexp, token_attention_mass
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlockLayout",
+    "ScoreRequest",
+    "attach",
+    "attached",
+    "backends",
+    "block_attention",
+    "detach",
+    "document_logsumexp",
+    "early_exit",
+    "model_inputs",
+    "token_attention_mass",
+]

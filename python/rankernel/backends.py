@@ -1,0 +1,150 @@
+"""Which implementations exist for every op, which one runs, and how to force one.
+
+``RANKERNEL_BACKEND`` (``reference`` or ``cpu``) and ``RANKERNEL_ISA`` (``scalar``, ``avx2``, ``avx512``,
+``avx512bf16``, ``amx``) do from outside what ``with use(backend=..., isa=...)`` does from inside. A choice that cannot
+run here raises; nothing falls back silently.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+
+from rankernel import _C
+
+OPS = ("block_attention", "document_scores")
+BACKENDS = ("reference", "cpu")
+ISAS: tuple[str, ...] = tuple(_C.isas())
+"""Instruction sets this build has kernels for, slowest first."""
+
+_MISSING: dict[str, str] = _C.missing_features()
+_COMPUTE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One row of :func:`table`."""
+
+    op: str
+    name: str
+    dtypes: str
+    available: bool
+    why_not: str
+
+
+@dataclass(frozen=True)
+class _Choice:
+    backend: str | None
+    isa: str | None
+
+
+def available_isas() -> list[str]:
+    """Instruction sets that this build and this processor can run, slowest first."""
+    return [isa for isa in ISAS if not _MISSING[isa]]
+
+
+def _check_isa(isa: str, source: str) -> str:
+    if isa not in ISAS:
+        raise ValueError(f"{source}: expected one of {', '.join(ISAS)}, got {isa!r}")
+    if _MISSING[isa]:
+        raise RuntimeError(f"{source}: {isa} cannot run here, this processor or system lacks {_MISSING[isa]}")
+    return isa
+
+
+def _check_backend(backend: str, source: str) -> str:
+    if backend not in BACKENDS:
+        raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    return backend
+
+
+def _from_environment() -> _Choice:
+    backend, isa = os.environ.get("RANKERNEL_BACKEND"), os.environ.get("RANKERNEL_ISA")
+    return _Choice(
+        _check_backend(backend, "RANKERNEL_BACKEND") if backend else None,
+        _check_isa(isa, "RANKERNEL_ISA") if isa else None,
+    )
+
+
+_ENVIRONMENT = _from_environment()
+_choice: ContextVar[_Choice] = ContextVar("rankernel_choice", default=_ENVIRONMENT)
+_DEFAULT_ISA = next(isa for isa in reversed(ISAS) if not _MISSING[isa] and not isa.endswith("_emulated"))
+
+
+@contextlib.contextmanager
+def use(backend: str | None = None, isa: str | None = None) -> Iterator[None]:
+    """Forces a backend, or caps the CPU kernels at an instruction set, for the calls inside.
+
+    Args:
+        backend: ``"reference"`` or ``"cpu"``; a forced ``"cpu"`` raises where no kernel covers the inputs.
+        isa: the highest instruction set to use; a dtype that has no kernel of that level uses the next lower one.
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: an instruction set that this processor lacks.
+    """
+    current = _choice.get()
+    chosen = _Choice(
+        _check_backend(backend, "backend") if backend else current.backend,
+        _check_isa(isa, "isa") if isa else current.isa,
+    )
+    token = _choice.set(chosen)
+    try:
+        yield
+    finally:
+        _choice.reset(token)
+
+
+def table() -> list[Implementation]:
+    """Every op with every implementation: the dtypes it covers, and why it cannot run here if it cannot."""
+    rows = []
+    for op in OPS:
+        rows.append(Implementation(op, "reference", "any", True, ""))
+        for isa, dtypes in _C.kernels(op):
+            why_not = f"this processor or system lacks {_MISSING[isa]}" if _MISSING[isa] else ""
+            rows.append(Implementation(op, isa, ", ".join(dtypes), not why_not, why_not))
+    return rows
+
+
+def active_isa(op: str, dtype: torch.dtype) -> str:
+    """The instruction set whose kernel a call of ``op`` on ``dtype`` CPU tensors runs now, or ``"reference"``."""
+    if _choice.get().backend == "reference" or dtype not in _COMPUTE_DTYPES:
+        return "reference"
+    return _C.selected_isa(op, _COMPUTE_DTYPES[dtype], isa_level())
+
+
+def isa_level() -> int:
+    """Index into :data:`ISAS` of the highest instruction set that calls may use now."""
+    return ISAS.index(_choice.get().isa or _DEFAULT_ISA)
+
+
+_warned: set[str] = set()
+
+
+def native_refused(op: str, why_not: str | None) -> bool:
+    """Whether the call goes to the reference: forced, or because no kernel covers it (warned of once per reason).
+
+    Args:
+        op: name of the op.
+        why_not: why no native kernel covers these inputs, or None where one does.
+
+    Raises:
+        NotImplementedError: the native kernels are forced and do not cover these inputs.
+    """
+    backend = _choice.get().backend
+    if backend == "reference":
+        return True
+    if why_not is None:
+        return False
+    if backend is not None:
+        raise NotImplementedError(f"{op}: backend {backend!r} is forced, but {why_not}")
+    message = f"rankernel.{op}: {why_not}; running the PyTorch reference, which is slow"
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, stacklevel=2)
+    return True

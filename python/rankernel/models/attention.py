@@ -1,0 +1,248 @@
+"""The attention function that attached models call, and the keyword arguments that reach it through ``model(...)``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from rankernel.layout import BlockLayout
+from rankernel.ops import block_attention, document_logsumexp
+
+NAME = "rankernel"
+"""Name of the attention implementation: ``model.config._attn_implementation`` of an attached model."""
+
+STOCK_ATTRIBUTE = "_rankernel_stock"
+"""Attribute of every attention module of an attached model; holds a :class:`Stock`."""
+
+_UNSUPPORTED = ("cu_seq_lens_q", "cu_seq_lens_k", "position_bias")
+
+
+class Stock(NamedTuple):
+    """The implementation that a model had before ``attach``: what runs when there is no layout."""
+
+    name: str
+    forward: Callable[..., Any]
+
+
+class ScoreRequest:
+    """Asks an attached model for document scores; travels as the keyword argument ``block_scores``.
+
+    With ``output_attentions=True`` the model's ``outputs.attentions`` then holds one
+    :func:`rankernel.document_logsumexp` result, float32 [R, Hq, max_documents], per requested layer, in the order of
+    ``layers``. Scores never use a sliding window, not even on sliding-window layers: a document outside the window
+    would have no score. A plain class for the reason :class:`rankernel.BlockLayout` is one.
+
+    Attributes:
+        layers: the requested layers, ascending, without repetition.
+        rows: int64 [R], packed positions of the query rows.
+    """
+
+    def __init__(self, layers: Sequence[int], rows: torch.Tensor) -> None:
+        """
+        Raises:
+            ValueError: no layer or a negative one, or ``rows`` that is not one-dimensional.
+            TypeError: ``rows`` that are not integers.
+        """
+        self.layers = tuple(sorted(set(layers)))
+        if not self.layers or self.layers[0] < 0:
+            raise ValueError(f"layers: expected at least one index, each at least 0, got {list(layers)}")
+        if rows.dim() != 1:
+            raise ValueError(f"rows: expected one dimension, got shape {list(rows.shape)}")
+        if rows.dtype.is_floating_point or rows.dtype == torch.bool:
+            raise TypeError(f"rows: expected integers, got {rows.dtype}")
+        self.rows = rows.to(torch.int64)
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> ScoreRequest:
+        """The same request with its rows on ``device``."""
+        return ScoreRequest(self.layers, self.rows.to(device, non_blocking=non_blocking))
+
+    def __repr__(self) -> str:
+        return f"ScoreRequest(layers={self.layers}, rows={self.rows.numel()} positions)"
+
+
+def model_inputs(
+    input_ids: torch.Tensor,
+    layout: BlockLayout,
+    *,
+    position_ids: torch.Tensor | None = None,
+    position_scheme: Literal["shared", "sequential"] = "shared",
+    tail_offset: int = 16384,
+    scores: ScoreRequest | None = None,
+) -> dict[str, Any]:
+    """Keyword arguments with which an attached model reads a packed row: ``model(**model_inputs(input_ids, layout))``.
+
+    The attention mask among them is an empty stand-in: being four-dimensional it keeps Transformers from building
+    one, and being empty it makes a model that is not attached fail instead of ignoring the layout.
+
+    Args:
+        input_ids: [T] or [1, T], the packed tokens; their device is that of the result.
+        layout: where the lists lie.
+        position_ids: [T] or [1, T], instead of those of ``layout.position_ids(position_scheme, tail_offset)``.
+        position_scheme: see :meth:`rankernel.BlockLayout.position_ids`.
+        tail_offset: position of the first tail token under ``"shared"``; choose it inside the range of positions
+            that the model knows.
+        scores: document scores to return in ``outputs.attentions``.
+
+    Raises:
+        ValueError: shapes or positions that do not fit the layout.
+    """
+    input_ids = _packed_row("input_ids", input_ids, layout)
+    device = input_ids.device
+    layout = layout.to(device)
+    if position_ids is None:
+        position_ids = layout.position_ids(position_scheme, tail_offset)
+    inputs = {
+        "input_ids": input_ids,
+        "position_ids": _packed_row("position_ids", position_ids, layout).to(device),
+        "attention_mask": torch.empty(1, 1, 0, 0, device=device),
+        "use_cache": False,
+        "block_layout": layout,
+    }
+    if scores is not None:
+        rows = scores.rows
+        if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < layout.num_tokens:
+            raise ValueError(f"scores: expected rows in [0, {layout.num_tokens}), got {rows.tolist()}")
+        inputs |= {"block_scores": scores.to(device), "output_attentions": True}
+    return inputs
+
+
+def register() -> None:
+    """Makes :data:`NAME` known to Transformers; again and again without harm.
+
+    The mask function is the stock ``sdpa_mask``: without a registered one Transformers would drop padding masks.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    block_layout: BlockLayout | None = None,
+    block_scores: ScoreRequest | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What Transformers calls in every layer of an attached model.
+
+    Args:
+        module: the attention module.
+        query: [B, Hq, Tq, D], after RoPE; with a layout B is 1 and Tq the number of packed tokens.
+        key: [B, Hkv, Tk, D].
+        value: [B, Hkv, Tk, D].
+        attention_mask: of the stock ``sdpa_mask``; ignored with a layout.
+        block_layout: where the lists lie; without one the model's previous implementation runs.
+        block_scores: which scores to return.
+        kwargs: scaling, dropout, sliding_window, softcap, s_aux and more, depending on the family.
+
+    Returns:
+        out [B, Tq, Hq, D] and, on the layers that ``block_scores`` names, its scores [R, Hq, max_documents].
+
+    Raises:
+        ValueError: inputs that a layout excludes, saying which and why.
+        TypeError: a ``block_layout`` that is none.
+    """
+    if kwargs.get("cache") is not None:
+        raise ValueError("cache: continuous batching goes by the name of the stock attention; detach the model first")
+    if block_layout is None:
+        if block_scores is not None:
+            raise ValueError("block_scores: expected together with block_layout, got no layout")
+        return _stock_forward(module, query, key, value, attention_mask, **kwargs)
+    _check_packed(query, key, block_layout, kwargs)
+    layout = block_layout
+    if layout.cu_seqlens.device != query.device:
+        layout = layout.to(query.device)
+    query, key, value = tokens_first(query), tokens_first(key), tokens_first(value)
+    scale, softcap = kwargs.get("scaling"), kwargs.get("softcap")
+    window, sinks = kwargs.get("sliding_window"), kwargs.get("s_aux")
+    out: Any = block_attention(query, key, value, layout, scale=scale, window=window, softcap=softcap, sinks=sinks)
+    scores = None
+    if block_scores is not None and module.layer_idx in block_scores.layers:
+        rows = block_scores.rows.to(query.device)
+        scores = document_logsumexp(query[rows], key, layout, rows, scale=scale, softcap=softcap)
+    return out[None], scores
+
+
+def tokens_first(tensor: torch.Tensor) -> torch.Tensor:
+    """[1, H, T, D] as [T, H, D], a view; under autocast in its dtype, as PyTorch's own attention takes its inputs.
+
+    Autocast leaves rotated queries and keys in float32, but not values.
+    """
+    if torch.is_autocast_enabled(tensor.device.type):
+        tensor = tensor.to(torch.get_autocast_dtype(tensor.device.type))
+    return tensor[0].transpose(0, 1)
+
+
+def _stock_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    stock: Stock | None = getattr(module, STOCK_ATTRIBUTE, None)
+    if stock is None:
+        raise ValueError(
+            f"attn_implementation: {NAME!r} was set on this model without rankernel.attach(model), so what to run "
+            "without a layout is not known; load the model with its own attention and attach it"
+        )
+    if stock.name == "eager":
+        attention_mask = _additive_mask(attention_mask, query, key)
+    return stock.forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def _additive_mask(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """The mask of Transformers' ``eager_mask`` from that of its ``sdpa_mask``.
+
+    ``sdpa_mask`` gives None for one row that sees all keys, and for rows 0, 1, ... that see keys causally from the
+    first (a static cache then has further, unwritten keys).
+    """
+    if mask is None:
+        rows, columns = query.shape[2], key.shape[2]
+        mask = torch.ones(rows, columns, dtype=torch.bool, device=query.device)[None, None]
+        mask = mask.tril() if rows > 1 else mask
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.where(mask, torch.zeros((), dtype=query.dtype, device=mask.device), torch.finfo(query.dtype).min)
+
+
+def _check_packed(query: torch.Tensor, key: torch.Tensor, layout: BlockLayout, kwargs: dict[str, Any]) -> None:
+    if not isinstance(layout, BlockLayout):
+        raise TypeError(f"block_layout: expected a BlockLayout, got {type(layout).__name__}")
+    if query.shape[0] != 1:
+        raise ValueError(
+            f"input_ids: expected a batch of 1 with a block_layout, got {query.shape[0]}; pack the lists in one row"
+        )
+    if query.shape[2] != layout.num_tokens:
+        raise ValueError(f"input_ids: expected {layout.num_tokens} tokens as in block_layout, got {query.shape[2]}")
+    if key.shape[2] != layout.num_tokens:
+        raise ValueError(
+            f"past_key_values: expected an empty cache or none with a block_layout of {layout.num_tokens} tokens, "
+            f"got keys for {key.shape[2]}"
+        )
+    for name in _UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{name}: expected None with a block_layout, which alone says who sees whom")
+    if kwargs.get("dropout"):
+        raise ValueError(
+            f"attention_dropout: expected 0 with a block_layout, got {kwargs['dropout']}; the kernels have no dropout, "
+            "so set config.attention_dropout and the modules' attention_dropout to 0 or call model.eval()"
+        )
+
+
+def _packed_row(name: str, tensor: torch.Tensor, layout: BlockLayout) -> torch.Tensor:
+    """The tensor as [1, T]."""
+    row = tensor[None] if tensor.dim() == 1 else tensor
+    if row.shape != (1, layout.num_tokens):
+        expected = f"[{layout.num_tokens}] or [1, {layout.num_tokens}]"
+        raise ValueError(f"{name}: expected shape {expected} as in layout, got {list(tensor.shape)}")
+    return row

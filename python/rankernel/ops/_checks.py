@@ -1,0 +1,114 @@
+"""Checks that the ops share. They run inside the op, on concrete tensors, before any memory is touched."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+
+from rankernel.layout import BlockLayout
+
+LIBRARY = torch.library.Library("rankernel", "DEF")
+"""Every op of the package is defined in this namespace: ``torch.ops.rankernel``."""
+
+NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""The values are those of ``DType`` in csrc/types.h."""
+
+MAX_HEAD_SIZE = 256
+BAD_LAYOUT, BAD_ROWS = 1, 2  # Status in csrc/types.h
+
+
+def check_layout(layout: object) -> None:
+    """Raises TypeError for anything but a BlockLayout."""
+    if not isinstance(layout, BlockLayout):
+        raise TypeError(f"layout: expected a BlockLayout, got {type(layout).__name__}")
+
+
+def check_scale(head_size: int, scale: float | None, softcap: float | None) -> float:
+    """The scale to use. Raises ValueError unless scale and softcap are positive and finite."""
+    if scale is None:
+        scale = head_size**-0.5 if head_size else 1.0
+    elif not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale: expected a positive finite number, got {scale}")
+    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+        raise ValueError(f"softcap: expected a positive finite number or None, got {softcap}")
+    return float(scale)
+
+
+def check_heads(query: torch.Tensor, key: torch.Tensor) -> None:
+    """Raises unless query [_, Hq, D] and key [T, Hkv, D] fit together."""
+    for name, tensor in (("query", query), ("key", key)):
+        if not tensor.dtype.is_floating_point:
+            raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+        if tensor.dim() != 3:
+            raise ValueError(f"{name}: expected 3 dimensions [tokens, heads, head size], got {list(tensor.shape)}")
+    check_same("key", key, "query", query)
+    if key.shape[2] != query.shape[2]:
+        raise ValueError(f"key: expected the head size of query, {query.shape[2]}, got {key.shape[2]}")
+    if query.shape[1] == 0 or key.shape[1] == 0 or query.shape[1] % key.shape[1]:
+        raise ValueError(
+            f"key: expected a number of heads that divides the {query.shape[1]} of query, got {key.shape[1]}"
+        )
+
+
+def check_same(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """Raises TypeError for another dtype, ValueError for another device."""
+    if tensor.dtype != other.dtype:
+        raise TypeError(f"{name}: expected the dtype of {other_name}, {other.dtype}, got {tensor.dtype}")
+    if tensor.device != other.device:
+        raise ValueError(f"{name}: expected the device of {other_name}, {other.device}, got {tensor.device}")
+
+
+def check_device(cu_seqlens: torch.Tensor, tensor: torch.Tensor) -> None:
+    """Raises ValueError unless the layout lies where the tensors lie."""
+    if tensor.device != cu_seqlens.device:
+        raise ValueError(f"layout: expected to be on the device of query, {tensor.device}, got {cu_seqlens.device}")
+
+
+def check_tokens(cu_seqlens: torch.Tensor, **tensors: torch.Tensor) -> None:
+    """Raises ValueError for the first tensor whose length is not the number of packed tokens. Reads cu_seqlens."""
+    num_tokens = int(cu_seqlens[-1])
+    for name, tensor in tensors.items():
+        if tensor.shape[0] != num_tokens:
+            raise ValueError(f"{name}: expected {num_tokens} tokens as in the layout, got {tensor.shape[0]}")
+
+
+def check_status(status: int, rows: torch.Tensor | None = None) -> None:
+    """Turns a native status into an exception."""
+    if status == BAD_LAYOUT:
+        raise ValueError("layout: its cu_seqlens and list_offsets are inconsistent; was it modified after creation?")
+    if status == BAD_ROWS:
+        raise ValueError(f"rows: expected positions of packed tokens, got {rows}")
+
+
+def why_no_kernel(query: torch.Tensor) -> str | None:
+    """Why no native kernel covers these inputs, or None."""
+    if query.device.type != "cpu":
+        return f"there is no kernel for {query.device.type} tensors yet"
+    if query.dtype not in NATIVE_DTYPES:
+        return f"there is no kernel for {query.dtype}"
+    if not 0 < query.shape[2] <= MAX_HEAD_SIZE:
+        return f"kernels cover head sizes from 1 to {MAX_HEAD_SIZE}, not {query.shape[2]}"
+    return None
+
+
+def address(tensor: torch.Tensor) -> tuple[int, int, int]:
+    """Address, token stride and head stride as the bindings take them; the last dimension must be contiguous."""
+    return tensor.data_ptr(), tensor.stride(0), tensor.stride(1)
+
+
+def rows_contiguous(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself where its last dimension is contiguous, else a contiguous copy."""
+    return tensor if tensor.stride(2) == 1 else tensor.contiguous()
+
+
+def layout_of(cu_seqlens: torch.Tensor, list_offsets: torch.Tensor, causal: bool) -> BlockLayout:
+    """The layout that an op received as tensors, for the references."""
+    boundaries, offsets = cu_seqlens.tolist(), list_offsets.tolist()
+    lengths = [end - begin for begin, end in itertools.pairwise(boundaries)]
+    lists = [lengths[begin:end] for begin, end in itertools.pairwise(offsets)]
+    if any(len(segments) < 2 for segments in lists):
+        check_status(BAD_LAYOUT)
+    packed = [(segments[0], segments[1:-1], segments[-1]) for segments in lists]
+    return BlockLayout.from_lengths(packed, "causal" if causal else "block")

@@ -1,0 +1,18 @@
+"""The specification of every op in plain PyTorch: any dtype and device. Tests and benchmarks import it."""
+
+from rankernel.reference.block_attention import block_attention, block_attention_backward
+from rankernel.reference.document_scores import (
+    document_logsumexp,
+    document_logsumexp_backward,
+    token_attention_mass,
+    token_attention_mass_backward,
+)
+
+__all__ = [
+    "block_attention",
+    "block_attention_backward",
+    "document_logsumexp",
+    "document_logsumexp_backward",
+    "token_attention_mass",
+    "token_attention_mass_backward",
+]
