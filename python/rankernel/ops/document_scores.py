@@ -11,7 +11,7 @@ from rankernel.layout import BlockLayout
 from rankernel.ops import _checks
 
 _ARGUMENTS = (
-    "Tensor query, Tensor key, Tensor rows, Tensor cu_seqlens, Tensor list_offsets, bool causal, int max_documents, "
+    "Tensor query, Tensor key, Tensor rows, Tensor cu_seqlens, Tensor list_offsets, bool causal, SymInt max_documents, "
     "float scale, float? softcap"
 )
 for _op in ("document_logsumexp", "token_attention_mass"):

@@ -1,0 +1,6 @@
+"""The cases of each op, one module an op. A new op is a new module and its name here.
+
+A case module has ``CASES``, a tuple of ``measure.Case``.
+"""
+
+MODULES = ("block_attention", "document_scores", "model")

@@ -1,0 +1,352 @@
+"""BlockRank: documents scored by the attention they receive in one middle layer (arXiv 2510.05396).
+
+Every document is a block that sees the prompt's prefix and itself; the tail sees everything. The score of a document
+is its share of the attention that the last tail tokens, the signal rows, pay to all documents in layer l*, so nothing
+after that layer runs, and of l* itself only the keys of all tokens and the queries of the signal rows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import numpy as np
+import torch
+
+from rankernel.layout import BlockLayout
+from rankernel.models import attach, layer_scores
+from rankernel.models.attach import decoder_of
+from rankernel.rerankers.prompts import BLOCKRANK, BlockPrompt, PromptBlocks, build_blocks
+from rankernel.rerankers.protocol import Pair, Ranking
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SETTINGS_FILE = "rankernel.json"
+"""File in a model directory that says how the model was trained to rank."""
+
+BATCH_TOKENS = 16384
+
+PositionScheme = Literal["shared", "sequential"]
+
+
+@dataclass(frozen=True)
+class BlockRankSettings:
+    """What a model directory's ``rankernel.json`` holds beside ``"method": "blockrank"``.
+
+    Attributes:
+        layer: index from 0 of the layer l* whose attention scores the documents.
+        prompt: templates of the blocks.
+        max_document_tokens: a document's block keeps its first so many tokens; 384 is the published evaluation's.
+        tail_offset: position of the first tail token under shared positions.
+        position_scheme: ``"shared"`` (every document starts where the prefix ends) or ``"sequential"``.
+    """
+
+    layer: int
+    prompt: BlockPrompt = BLOCKRANK
+    max_document_tokens: int = 384
+    tail_offset: int = 16384
+    position_scheme: PositionScheme = "shared"
+
+    @classmethod
+    def read(cls, path: str | Path) -> BlockRankSettings:
+        """Reads a ``rankernel.json``.
+
+        Raises:
+            ValueError: the file is not JSON, is of another method, or has an unknown or unfit entry.
+        """
+        try:
+            entries = json.loads(Path(path).read_text(encoding="utf-8"))
+            if not isinstance(entries, dict) or entries.pop("method", None) != "blockrank":
+                raise ValueError('expected an object with "method": "blockrank"')
+            if "prompt" in entries:
+                entries["prompt"] = BlockPrompt(**entries["prompt"])
+            return cls(**entries)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
+def relevance(logsumexp: torch.Tensor, num_lists: int) -> torch.Tensor:
+    """Scores of all documents from what the signal rows attend to (METHODS.md section 1.5).
+
+    ``S_d`` is the mean over heads and signal rows of a row's softmax over the tokens of all documents, summed over the
+    tokens of document d; so the scores of a list add up to 1. Differentiable.
+
+    Args:
+        logsumexp: [num_lists * signal rows, heads, max_documents], rows list by list, as
+            :func:`rankernel.document_logsumexp` gives it; -inf where a list has fewer documents or a document is empty.
+        num_lists: how many lists the rows belong to.
+
+    Returns:
+        [num_lists, max_documents]; 0 for a document without tokens and where a list has fewer documents.
+    """
+    nothing_seen = logsumexp.isneginf().all(dim=-1, keepdim=True)
+    shares = logsumexp.masked_fill(nothing_seen, 0.0).softmax(dim=-1).masked_fill(nothing_seen, 0.0)
+    return shares.unflatten(0, (num_lists, -1)).mean(dim=(1, 2))
+
+
+class BlockRank:
+    """Reranks with a decoder-only Transformers model that was trained for BlockRank.
+
+    A score is relative to the list that a document was ranked in: the scores of one list add up to 1, those of
+    different lists do not compare. Equal scores keep the order in which the documents came.
+
+    Args:
+        model: a Transformers causal language model. It is attached, set to evaluation mode and stays attached.
+        tokenizer: its tokenizer.
+        layer: index from 0 of the layer l* whose attention scores the documents.
+        prompt: templates of the blocks.
+        max_document_tokens: longer blocks of documents keep their first so many tokens, and the result says so.
+        tail_offset: position of the first tail token under shared positions.
+        position_scheme: ``"shared"`` or ``"sequential"``.
+
+    Raises:
+        ValueError: ``layer`` is not one of the model's, or an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        layer: int,
+        prompt: BlockPrompt = BLOCKRANK,
+        max_document_tokens: int = 384,
+        tail_offset: int = 16384,
+        position_scheme: PositionScheme = "shared",
+    ) -> None:
+        num_layers = len(decoder_of(model).layers)
+        if not 0 <= layer < num_layers:
+            raise ValueError(f"layer: expected one of the model's {num_layers}, 0 to {num_layers - 1}, got {layer}")
+        if max_document_tokens < 1:
+            raise ValueError(f"max_document_tokens: expected a positive integer, got {max_document_tokens}")
+        if position_scheme not in ("shared", "sequential"):
+            raise ValueError(f"position_scheme: expected 'shared' or 'sequential', got {position_scheme!r}")
+        attach(model)
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.settings = BlockRankSettings(layer, prompt, max_document_tokens, tail_offset, position_scheme)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path | PreTrainedModel,
+        *,
+        layer: int | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        prompt: BlockPrompt | None = None,
+        max_document_tokens: int | None = None,
+        tail_offset: int | None = None,
+        position_scheme: PositionScheme | None = None,
+        dtype: torch.dtype | Literal["auto"] = "auto",
+        device: torch.device | str | None = None,
+    ) -> BlockRank:
+        """Loads a model, or takes one that is loaded, and attaches the kernels to it.
+
+        What is left None comes from the model's ``rankernel.json`` if it has one, else from the defaults of
+        :class:`BlockRankSettings`.
+
+        Args:
+            model: directory, name on the Hugging Face Hub, or a loaded Transformers model.
+            layer: index from 0 of the scoring layer; has to be given where there is no ``rankernel.json``.
+            tokenizer: by default the one saved with the model.
+            prompt, max_document_tokens, tail_offset, position_scheme: see :class:`BlockRankSettings`.
+            dtype: type of the weights, by default the one they were saved in; not for a loaded model.
+            device: where to run, by default where the model is loaded to; not for a loaded model.
+
+        Raises:
+            ValueError: no ``layer`` is given or found, or a setting is unfit.
+            OSError: there is no such model.
+            ImportError: Transformers is not installed.
+        """
+        try:
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+            from transformers.utils import cached_file
+        except ImportError as error:
+            raise ImportError('BlockRank needs transformers: pip install "rankernel[hf]"') from error
+        source = str(model) if isinstance(model, (str, Path)) else getattr(model, "name_or_path", "")
+        settings: dict[str, Any] = {}
+        if source:
+            cached_file(source, "config.json")
+            found = cached_file(source, SETTINGS_FILE, _raise_exceptions_for_missing_entries=False)
+            settings = vars(BlockRankSettings.read(found)).copy() if found else {}
+        given = {
+            "layer": layer,
+            "prompt": prompt,
+            "max_document_tokens": max_document_tokens,
+            "tail_offset": tail_offset,
+            "position_scheme": position_scheme,
+        }
+        settings.update({name: value for name, value in given.items() if value is not None})
+        if "layer" not in settings:
+            raise ValueError(
+                "layer: expected the index of the layer whose attention scores the documents, as "
+                f"{source or 'the model'} has no {SETTINGS_FILE} to take it from"
+            )
+        if tokenizer is None:
+            if not source:
+                raise ValueError("tokenizer: expected one, as the model was not loaded from a directory")
+            tokenizer = AutoTokenizer.from_pretrained(source)
+        if isinstance(model, (str, Path)):
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+            if device is not None:
+                model = model.to(device)
+        return cls(model, tokenizer, **settings)
+
+    def rank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        top_k: int | None = None,
+        *,
+        document_ids: Sequence[str] | None = None,
+    ) -> Ranking:
+        """Ranks the documents of one query.
+
+        Args:
+            query: text of the query.
+            documents: text of every document; an empty text is valid, an empty list gives an empty ranking.
+            top_k: how many of the best documents to return; None returns all.
+            document_ids: identifiers to repeat in the result, one per document.
+
+        Raises:
+            TypeError: a text is not a string.
+            ValueError: ``top_k`` is negative, ``document_ids`` has another length than ``documents``, or the prompt
+                does not fit before ``tail_offset``.
+        """
+        return self.rank_many(
+            [query], [documents], top_k, document_ids=None if document_ids is None else [document_ids]
+        )[0]
+
+    def rank_many(
+        self,
+        queries: Sequence[str],
+        documents: Sequence[Sequence[str]],
+        top_k: int | None = None,
+        *,
+        document_ids: Sequence[Sequence[str]] | None = None,
+        batch_tokens: int = BATCH_TOKENS,
+    ) -> list[Ranking]:
+        """Ranks the documents of several queries, several lists in one row of tokens where they fit.
+
+        Lists never see each other: what shares a row does not change scores beyond rounding.
+
+        Args:
+            queries: text of every query.
+            documents: the documents of every query.
+            top_k: how many of the best documents to return per query; None returns all.
+            document_ids: identifiers to repeat in the results, one per document of every query.
+            batch_tokens: lists are packed, in the order given, while they stay within so many tokens. A longer list
+                runs alone.
+
+        Returns:
+            One ranking per query, in the order of the queries.
+
+        Raises:
+            TypeError, ValueError: as :meth:`rank`, or the arguments differ in length.
+        """
+        if len(queries) != len(documents):
+            raise ValueError(f"documents: expected one list for each of {len(queries)} queries, got {len(documents)}")
+        if document_ids is not None and [len(ids) for ids in document_ids] != [len(texts) for texts in documents]:
+            raise ValueError("document_ids: expected one for every document of every query")
+        if top_k is not None and top_k < 0:
+            raise ValueError(f"top_k: expected 0 or more, got {top_k}")
+        scored = self.score_lists(zip(queries, documents, strict=True), batch_tokens=batch_tokens)
+        return [
+            Ranking.from_scores(
+                query, scores, truncated, document_ids=document_ids[index] if document_ids else None, top_k=top_k
+            )
+            for index, (query, (scores, truncated)) in enumerate(zip(queries, scored, strict=True))
+        ]
+
+    def score_lists(
+        self, lists: Iterable[tuple[str, Sequence[str]]], *, batch_tokens: int = BATCH_TOKENS
+    ) -> Iterator[tuple[list[float], list[bool]]]:
+        """Scores lists as they come, so that long work can be shown, saved and interrupted.
+
+        Args:
+            lists: query and documents of every list; read only as far as the next row needs.
+            batch_tokens: see :meth:`rank_many`.
+
+        Yields:
+            For every list, in order, the score of every document and whether it was truncated.
+        """
+        if batch_tokens < 1:
+            raise ValueError(f"batch_tokens: expected a positive integer, got {batch_tokens}")
+        row: list[PromptBlocks] = []
+        for query, documents in lists:
+            blocks = build_blocks(
+                self.tokenizer, self.settings.prompt, query, documents, self.settings.max_document_tokens
+            )
+            self._check_positions(query, blocks)
+            if row and sum(len(other.input_ids) for other in row) + len(blocks.input_ids) > batch_tokens:
+                yield from self._score_row(row)
+                row = []
+            row.append(blocks)
+        yield from self._score_row(row)
+
+    def _check_positions(self, query: str, blocks: PromptBlocks) -> None:
+        """Said here already, where the query is known, and not of a whole row."""
+        prefix, documents, _ = blocks.lengths
+        end = prefix + max(documents, default=0)
+        if self.settings.position_scheme == "shared" and end > self.settings.tail_offset:
+            shown = query if len(query) <= 40 else f"{query[:37]}..."
+            raise ValueError(
+                f"query: expected a prefix and a longest document of at most tail_offset={self.settings.tail_offset} "
+                f"tokens together, got {end} for {shown!r}"
+            )
+
+    @torch.no_grad()
+    def _score_row(self, row: list[PromptBlocks]) -> list[tuple[list[float], list[bool]]]:
+        lists = [blocks for blocks in row if blocks.truncated]
+        scores = iter(self._scores_of_row(lists).tolist() if lists else [])
+        return [(next(scores)[: len(blocks.truncated)] if blocks.truncated else [], blocks.truncated) for blocks in row]
+
+    def _scores_of_row(self, lists: list[PromptBlocks]) -> torch.Tensor:
+        """Float32 [lists, max_documents]; every list has at least one document."""
+        settings, device = self.settings, decoder_of(self.model).device
+        layout = BlockLayout.from_lengths([blocks.lengths for blocks in lists]).to(device)
+        logsumexp = layer_scores(
+            self.model,
+            torch.tensor([token for blocks in lists for token in blocks.input_ids], device=device),
+            layout,
+            settings.layer,
+            layout.tail_positions(settings.prompt.signal_tokens),
+            position_scheme=settings.position_scheme,
+            tail_offset=settings.tail_offset,
+        )
+        scores = relevance(logsumexp, len(lists))
+        if not scores.isfinite().all():
+            raise FloatingPointError(f"the attention logits of layer {settings.layer} are not finite")
+        return scores
+
+    def predict(self, sentences: Sequence[Pair] | Pair, *, batch_tokens: int = BATCH_TOKENS) -> np.ndarray | np.float32:
+        """Scores (query, document) pairs, as the ``CrossEncoder`` of sentence-transformers does.
+
+        Pairs with the same query are scored together as one list, in the order in which they come, because a score is
+        relative to its list: give all candidates of a query in one call. A query with one document scores 1.
+
+        Args:
+            sentences: pairs of query and document, or one such pair.
+            batch_tokens: see :meth:`rank_many`.
+
+        Returns:
+            float32 [number of pairs] in the order given; a single number for a single pair.
+        """
+        if len(sentences) == 2 and isinstance(sentences[0], str):
+            single = cast(Pair, tuple(sentences))
+            return self._predict_pairs([single], batch_tokens)[0]
+        return self._predict_pairs(cast(Sequence[Pair], sentences), batch_tokens)
+
+    def _predict_pairs(self, pairs: Sequence[Pair], batch_tokens: int) -> np.ndarray:
+        places: dict[str, list[int]] = {}
+        for place, (query, _) in enumerate(pairs):
+            places.setdefault(query, []).append(place)
+        lists = [(query, [pairs[place][1] for place in at]) for query, at in places.items()]
+        result = np.empty(len(pairs), dtype=np.float32)
+        for at, (scores, _) in zip(places.values(), self.score_lists(lists, batch_tokens=batch_tokens), strict=True):
+            result[at] = scores
+        return result
