@@ -64,14 +64,21 @@ struct ScoreTask {
   int64_t key_begin, key_end;
 };
 
+// Softmax denominator sum * 2^maximum of scores in units of log2; kept apart, because their logarithm in float32 would
+// be off by an ulp of the largest score, and so would every probability made from it.
+struct SoftmaxState {
+  float maximum, sum;
+};
+
 struct ScoreKernels {
   size_t (*scratch_bytes)(const DocumentScoresArgs&, int64_t max_keys);
-  // lse[i][head] of the i-th row of the task over its keys, [num_rows, num_query_heads], for the heads of one KV head.
-  void (*logsumexp)(const DocumentScoresArgs&, const ScoreTask&, int64_t kv_head, float* lse, int64_t max_keys,
-                    void* scratch);
-  // out[key] = sum over rows and heads of exp(logit - lse[row][head]) / num_list_rows, for the keys of the task; out
-  // starts as zeros and lse is [all rows, num_query_heads].
-  void (*mass)(const DocumentScoresArgs&, const ScoreTask&, const float* lse, int64_t max_keys, void* scratch);
+  // states[i][head] of the i-th row of the task over its keys, [num_rows, num_query_heads], for one KV head's heads.
+  void (*reduce)(const DocumentScoresArgs&, const ScoreTask&, int64_t kv_head, SoftmaxState* states, int64_t max_keys,
+                 void* scratch);
+  // out[key] = sum over rows and heads of their softmax, given its states [all rows, num_query_heads], / num_list_rows,
+  // for the keys of the task; out starts as zeros.
+  void (*mass)(const DocumentScoresArgs&, const ScoreTask&, const SoftmaxState* states, int64_t max_keys,
+               void* scratch);
 };
 
 #define RANKERNEL_DECLARE_ISA(isa)                 \

@@ -30,12 +30,12 @@ struct Piece {
   std::vector<int64_t> rows;
   int64_t num_list_rows;
   int64_t key_begin, key_end;
-  size_t first_lse;  // of its [rows, heads] log-sum-exps
+  size_t first_state;  // of its [rows, heads] softmax states
 };
 
 struct Work {
   std::vector<Piece> pieces;
-  size_t num_lse = 0;
+  size_t num_states = 0;
 };
 
 bool is_between(int64_t x, int64_t begin, int64_t end) { return begin <= x && x < end; }
@@ -44,7 +44,7 @@ bool is_between(int64_t x, int64_t begin, int64_t end) { return begin <= x && x 
 void add_segment(Work& work, const DocumentScoresArgs& args, const ListSpan& list, const std::vector<int64_t>& rows,
                  int64_t document, int64_t begin, int64_t end) {
   for (int64_t key = begin; key < end; key += kMaxKeys) {
-    Piece piece{document, {}, static_cast<int64_t>(rows.size()), key, std::min(key + kMaxKeys, end), work.num_lse};
+    Piece piece{document, {}, static_cast<int64_t>(rows.size()), key, std::min(key + kMaxKeys, end), work.num_states};
     for (const int64_t row : rows) {
       const int64_t position = args.rows[row];
       const bool sees_all = args.layout.causal || position >= list.tail_begin;
@@ -52,7 +52,7 @@ void add_segment(Work& work, const DocumentScoresArgs& args, const ListSpan& lis
         piece.rows.push_back(row);
     }
     if (piece.rows.empty()) continue;
-    work.num_lse += piece.rows.size() * static_cast<size_t>(args.num_query_heads);
+    work.num_states += piece.rows.size() * static_cast<size_t>(args.num_query_heads);
     work.pieces.push_back(std::move(piece));
   }
 }
@@ -99,22 +99,25 @@ class Scratch {
 };
 
 void compute_pieces(const DocumentScoresArgs& args, const ScoreKernels& kernels, const Work& work, int threads,
-                    const Scratch& scratch, std::vector<float>& lse) {
-  lse.assign(work.num_lse, kNegativeInfinity);
+                    const Scratch& scratch, std::vector<SoftmaxState>& states) {
+  states.assign(work.num_states, {kNegativeInfinity, 0.0f});
   const int64_t heads = args.num_kv_heads, num_tasks = static_cast<int64_t>(work.pieces.size()) * heads;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1)
   for (int64_t i = 0; i < num_tasks; ++i) {
     const Piece& piece = work.pieces[static_cast<size_t>(i / heads)];
-    kernels.logsumexp(args, task_of(piece), i % heads, lse.data() + piece.first_lse, kMaxKeys, scratch.of_thread());
+    kernels.reduce(args, task_of(piece), i % heads, states.data() + piece.first_state, kMaxKeys, scratch.of_thread());
   }
 }
 
-// log(exp(a) + exp(b)).
-float add_exponentials(float a, float b) {
-  if (a == kNegativeInfinity) return b;
-  if (b == kNegativeInfinity) return a;
-  const float maximum = std::max(a, b);
-  return maximum + std::log(std::exp(a - maximum) + std::exp(b - maximum));
+// Adds b to a; a state without keys has a sum of 0. A NaN in either stays.
+void add(SoftmaxState& a, const SoftmaxState& b) {
+  if (b.sum == 0.0f) return;
+  if (a.sum == 0.0f) {
+    a = b;
+    return;
+  }
+  const float maximum = std::max(a.maximum, b.maximum);
+  a = {maximum, a.sum * std::exp2(a.maximum - maximum) + b.sum * std::exp2(b.maximum - maximum)};
 }
 
 }  // namespace
@@ -124,18 +127,19 @@ Status document_logsumexp(const DocumentScoresArgs& args, int isa) {
   if (const Status status = plan(args, Keys::kDocuments, work); status != Status::kOk) return status;
   const ScoreKernels kernels = select_score_kernels(args.dtype, isa);
   const int threads = std::max(args.num_threads, 1);
-  std::vector<float> lse;
-  compute_pieces(args, kernels, work, threads, Scratch(kernels.scratch_bytes(args, kMaxKeys), threads), lse);
-  const int64_t heads = args.num_query_heads;
-  std::fill_n(args.out, args.num_rows * heads * args.max_documents, kNegativeInfinity);
-  for (const Piece& piece : work.pieces) {
-    for (size_t i = 0; i < piece.rows.size(); ++i) {
-      for (int64_t head = 0; head < heads; ++head) {
-        float& out = args.out[(piece.rows[i] * heads + head) * args.max_documents + piece.document];
-        out = add_exponentials(out, lse[piece.first_lse + i * static_cast<size_t>(heads) + static_cast<size_t>(head)]);
-      }
-    }
-  }
+  std::vector<SoftmaxState> states;
+  compute_pieces(args, kernels, work, threads, Scratch(kernels.scratch_bytes(args, kMaxKeys), threads), states);
+  const size_t heads = static_cast<size_t>(args.num_query_heads);
+  const size_t documents = static_cast<size_t>(args.max_documents);
+  std::vector<SoftmaxState> totals(static_cast<size_t>(args.num_rows) * heads * documents, {kNegativeInfinity, 0.0f});
+  for (const Piece& piece : work.pieces)
+    for (size_t i = 0; i < piece.rows.size(); ++i)
+      for (size_t head = 0; head < heads; ++head)
+        add(totals[(static_cast<size_t>(piece.rows[i]) * heads + head) * documents +
+                   static_cast<size_t>(piece.document)],
+            states[piece.first_state + i * heads + head]);
+  constexpr float kLn2 = 0.6931471805599453f;
+  for (size_t i = 0; i < totals.size(); ++i) args.out[i] = totals[i].maximum * kLn2 + std::log(totals[i].sum);
   return Status::kOk;
 }
 
@@ -145,23 +149,19 @@ Status token_attention_mass(const DocumentScoresArgs& args, int isa) {
   const ScoreKernels kernels = select_score_kernels(args.dtype, isa);
   const int threads = std::max(args.num_threads, 1);
   const Scratch scratch(kernels.scratch_bytes(args, kMaxKeys), threads);
-  std::vector<float> lse;
-  compute_pieces(args, kernels, work, threads, scratch, lse);
+  std::vector<SoftmaxState> states;
+  compute_pieces(args, kernels, work, threads, scratch, states);
   const size_t heads = static_cast<size_t>(args.num_query_heads);
-  std::vector<float> row_lse(static_cast<size_t>(args.num_rows) * heads, kNegativeInfinity);
-  for (const Piece& piece : work.pieces) {
-    for (size_t i = 0; i < piece.rows.size(); ++i) {
-      for (size_t head = 0; head < heads; ++head) {
-        float& total = row_lse[static_cast<size_t>(piece.rows[i]) * heads + head];
-        total = add_exponentials(total, lse[piece.first_lse + i * heads + head]);
-      }
-    }
-  }
+  std::vector<SoftmaxState> totals(static_cast<size_t>(args.num_rows) * heads, {kNegativeInfinity, 0.0f});
+  for (const Piece& piece : work.pieces)
+    for (size_t i = 0; i < piece.rows.size(); ++i)
+      for (size_t head = 0; head < heads; ++head)
+        add(totals[static_cast<size_t>(piece.rows[i]) * heads + head], states[piece.first_state + i * heads + head]);
   std::fill_n(args.out, args.layout.num_tokens, 0.0f);
   const int64_t num_pieces = static_cast<int64_t>(work.pieces.size());
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1)
   for (int64_t i = 0; i < num_pieces; ++i)
-    kernels.mass(args, task_of(work.pieces[static_cast<size_t>(i)]), row_lse.data(), kMaxKeys, scratch.of_thread());
+    kernels.mass(args, task_of(work.pieces[static_cast<size_t>(i)]), totals.data(), kMaxKeys, scratch.of_thread());
   return Status::kOk;
 }
 

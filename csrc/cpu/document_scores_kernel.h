@@ -43,8 +43,8 @@ struct DocumentScores {
     tile.multiply_keys(rows, 0, task.key_end - task.key_begin);
   }
 
-  static void logsumexp(const DocumentScoresArgs& args, const ScoreTask& task, int64_t kv_head, float* lse,
-                        int64_t max_keys, void* scratch) {
+  static void reduce(const DocumentScoresArgs& args, const ScoreTask& task, int64_t kv_head, SoftmaxState* states,
+                     int64_t max_keys, void* scratch) {
     DocumentScores self(args, task, max_keys, Arena{static_cast<char*>(scratch), 0});
     self.pack(kv_head);
     for (int64_t row = 0; row < self.tile_rows(); row += ScoreTile::kTileRows) {
@@ -55,12 +55,12 @@ struct DocumentScores {
         float* const scores = self.tile.scores + r * kScoreStride;
         const float maximum = self.tile.row_maximum(scores, 0, self.tile.highs[r]);
         const float sum = self.tile.row_exponentials(scores, 0, self.tile.highs[r], maximum, scores);
-        lse[(row + r) / self.group * args.num_query_heads + head] = maximum * kLn2 + __builtin_logf(sum);
+        states[(row + r) / self.group * args.num_query_heads + head] = {maximum, sum};
       }
     }
   }
 
-  static void mass(const DocumentScoresArgs& args, const ScoreTask& task, const float* lse, int64_t max_keys,
+  static void mass(const DocumentScoresArgs& args, const ScoreTask& task, const SoftmaxState* states, int64_t max_keys,
                    void* scratch) {
     DocumentScores self(args, task, max_keys, Arena{static_cast<char*>(scratch), 0});
     float* const out = args.out + task.key_begin;
@@ -72,14 +72,15 @@ struct DocumentScores {
         self.score(kv_head, row, rows);
         for (int64_t r = 0; r < rows; ++r) {
           const int64_t head = kv_head * self.group + (row + r) % self.group;
-          const float row_lse = lse[task.order[(row + r) / self.group] * args.num_query_heads + head];
+          const SoftmaxState& state = states[task.order[(row + r) / self.group] * args.num_query_heads + head];
+          const Vec scale = set1(1.0f / state.sum);
           float* const scores = self.tile.scores + r * kScoreStride;
           const int64_t high = self.tile.highs[r];
           self.tile.row_maximum(scores, 0, high);  // applies the softcap
-          self.tile.row_exponentials(scores, 0, high, row_lse * kLog2E, scores);
+          self.tile.row_exponentials(scores, 0, high, state.maximum, scores);
           for (int64_t i = 0; i < high; i += kWidth) {
             const int n = static_cast<int>(smaller(high - i, int64_t{kWidth}));
-            store_partial(out + i, add(load_partial(out + i, n), load(scores + i)), n);
+            store_partial(out + i, fmadd(scale, load(scores + i), load_partial(out + i, n)), n);
           }
         }
       }
@@ -91,5 +92,5 @@ struct DocumentScores {
     }
   }
 
-  static ScoreKernels kernels() { return {scratch_bytes, logsumexp, mass}; }
+  static ScoreKernels kernels() { return {scratch_bytes, reduce, mass}; }
 };
