@@ -31,29 +31,21 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 import rankernel
 from rankernel.corpus import Candidates, Corpus, bm25_candidates, load_stdlib
 from rankernel.models import layer_scores
-from rankernel.rerankers import BlockPrompt, BlockRank
+from rankernel.rerankers import COMPACT, BlockRank
 from rankernel.rerankers.blockrank import SETTINGS_FILE, BlockRankSettings
 from rankernel.training import (
     RankingBatch,
     RankingCollator,
     RankingExample,
-    attention_contrastive_loss,
     document_scores_from_logsumexp,
     joint_loss,
 )
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path("/work/main")
 DEFAULT_OUTPUT = REPOSITORY / "python" / "rankernel" / "assets" / "ranker"
 
-# The query stands last in the tail, so that the signal rows are its own tokens and each votes for the documents that
-# hold it. The words before it make sure that a query of one token leaves enough rows.
-PROMPT = BlockPrompt(
-    prefix="Query: {query}\nDocuments:",
-    document="\n[{index}] {text}",
-    tail="\nThese are the best documents to match the query: {query}\nQuery: {query}\nAnswer: ",
-    answer="[",
-    signal_tokens=12,
-)
+# What BM25 gives to a document for a handful of its own words, about.
+WORDS_SCORE = 20.0
 
 CLAUSE_END = re.compile(r"(?<=[.!?:;])\s+")
 
@@ -83,24 +75,24 @@ class Recipe:
     layers: int = 4
     heads: int = 6
     head_dim: int = 32
-    rope_theta: float = 1e12
-    gain: float = 2.0
+    rope_theta: float = 1e6
+    gain: float = 1.3
     embedding_std: float = 0.2
-    layer: int = 2
-    max_document_tokens: int = 96
-    tail_offset: int = 512
+    layer: int = 3
+    max_document_tokens: int = 64
+    tail_offset: int = 256
     lists: int = 8
-    documents: int = 12
-    warmup_steps: int = 4000
-    joint_steps: int = 1000
+    documents: int = 10
+    warmup_steps: int = 4800
+    joint_steps: int = 600
     joint_lists: int = 8
     weight: float = 10.0
     temperature: float = 0.05
-    teacher_share: float = 0.7
+    teacher_share: float = 0.5
     teacher_temperature: float = 1.0
     synthetic: float = 0.5
     hard: float = 0.7
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     weight_decay: float = 0.01
     seed: int = 0
 
@@ -141,10 +133,9 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenize
 def build_model(recipe: Recipe, vocabulary: int) -> Qwen3ForCausalLM:
     """A Qwen3 whose attention begins as a comparison of tokens.
 
-    From Gaussian weights thousands of steps pass before equal tokens find each other. Here the queries of a layer
-    begin as its keys, so that a token attends to its like, and an attention's output begins as the mean of the tokens
-    it attends to, in the spirit of mimetic initialisation (arXiv 2305.09828). A large RoPE base leaves most of a head
-    unrotated over the few hundred positions in use, so the tail still recognises tokens far away.
+    From Gaussian weights thousands of steps pass before equal tokens find each other. Here half of a layer's queries
+    begin as its keys, so that a token attends to its like, and an attention's output begins as a mean of the tokens it
+    attends to, in the spirit of mimetic initialisation (arXiv 2305.09828).
     """
     torch.manual_seed(recipe.seed)
     config = Qwen3Config(
@@ -169,7 +160,8 @@ def build_model(recipe: Recipe, vocabulary: int) -> Qwen3ForCausalLM:
         for layer in model.model.layers:
             attention = layer.self_attn
             torch.nn.init.orthogonal_(attention.k_proj.weight)
-            attention.q_proj.weight.copy_(attention.k_proj.weight.view(shape).expand(-1, 2, -1, -1).flatten(0, 2))
+            queries = attention.q_proj.weight.view(recipe.heads // 2, 2, recipe.head_dim, recipe.hidden)
+            queries[:, :1].copy_(attention.k_proj.weight.view(shape))
             torch.nn.init.orthogonal_(attention.v_proj.weight)
             values = attention.v_proj.weight.view(shape).expand(-1, 2, -1, -1).flatten(0, 2)
             attention.o_proj.weight.copy_(values.T * recipe.embedding_std / 2)
@@ -234,16 +226,18 @@ class Sampler:
     def draw(self, progress: float) -> tuple[RankingExample, list[float]]:
         """Return a list and the BM25 score of each of its documents.
 
-        ``progress`` runs from 0 to 1. Handfuls of words against random documents begin and fade out over the first
-        third; negatives grow harder over the same time.
+        ``progress`` runs from 0 to 1. The first tenth has nothing but handfuls of words against random documents, from
+        which the model learns to match; they fade out, and negatives grow harder, up to two fifths.
         """
         recipe, generator = self.recipe, self.generator
-        early = max(0.0, 1.0 - 3.0 * progress)
-        if generator.random() < 0.5 * early:
+        early = min(1.0, max(0.0, (0.4 - progress) / 0.3))
+        if generator.random() < early:
             document_id = generator.choice(self.ids)
             words = re.findall(r"[A-Za-z]+", self.documents[document_id])[:64]
             query = " ".join(generator.sample(words, min(len(words), generator.randint(4, 10))))
-            source = Source(query, [self.documents[document_id]], {document_id}, Candidates([], []))
+            source = Source(
+                query, [self.documents[document_id]], {document_id}, Candidates([document_id], [WORDS_SCORE])
+            )
         else:
             pool = self.clauses if generator.random() < recipe.synthetic else self.real
             source = generator.choice(pool)
@@ -251,7 +245,7 @@ class Sampler:
         ranked = [d for d in source.candidates.document_ids if d not in source.own]
         negatives: dict[str, None] = {}
         for _ in range(recipe.documents - 1):
-            if ranked and generator.random() < recipe.hard * (1.0 - 0.5 * early):
+            if ranked and generator.random() < recipe.hard * (1.0 - early):
                 # Half of the hard negatives come from BM25's best fifth.
                 negatives[ranked[int(len(ranked) * generator.random() ** 2.3)]] = None
         while len(negatives) < recipe.documents - 1:
@@ -302,10 +296,11 @@ def warmup_loss(
         model, batch.input_ids, batch.layout, settings.layer, batch.signal_rows, tail_offset=settings.tail_offset
     )
     scores = document_scores_from_logsumexp(logsumexp, batch.layout.num_lists)
+    # The logarithm of a mean of softmaxes without leaving the logarithm: S_d itself may round to 0.
+    votes = logsumexp.log_softmax(dim=-1).unflatten(0, (batch.layout.num_lists, -1)).flatten(1, 2)
+    log_scores = votes.logsumexp(dim=1) - math.log(votes.shape[1])
     target = (1 - share) * batch.positives.float() + share * (teacher / recipe.teacher_temperature).softmax(dim=1)
-    cross_entropy = -(target * scores.clamp(min=1e-6).log()).sum(dim=1).mean()
-    contrastive = attention_contrastive_loss(scores, batch.positives, batch.present, recipe.temperature)
-    return cross_entropy + (1 - share) * contrastive, scores
+    return -(target * log_scores).sum(dim=1).mean(), scores
 
 
 def ndcg_at_10(ranking: Sequence[str], grades: Mapping[str, int]) -> float:
@@ -316,12 +311,16 @@ def ndcg_at_10(ranking: Sequence[str], grades: Mapping[str, int]) -> float:
 
 
 def evaluate(ranker: BlockRank, corpus: Corpus, candidates: Mapping[str, Candidates], limit: int | None) -> float:
-    """Mean nDCG@10 of the BM25 candidates in the ranker's order, over all queries or the first ``limit``."""
+    """Mean nDCG@10 of the BM25 candidates in the ranker's order, over all queries or the first ``limit``.
+
+    The ranker gets the candidates in a shuffled order, so that equal scores cannot fall back on BM25's.
+    """
+    generator = random.Random(0)
     queries = list(corpus.queries)[:limit]
-    lists = [(corpus.queries[q], [corpus.documents[d] for d in candidates[q].document_ids]) for q in queries]
+    shuffled = [generator.sample(candidates[q].document_ids, len(candidates[q].document_ids)) for q in queries]
+    lists = [(corpus.queries[q], [corpus.documents[d] for d in ids]) for q, ids in zip(queries, shuffled, strict=True)]
     total = 0.0
-    for query_id, (scores, _) in zip(queries, ranker.score_lists(lists), strict=True):
-        ids = candidates[query_id].document_ids
+    for query_id, ids, (scores, _) in zip(queries, shuffled, ranker.score_lists(lists), strict=True):
         order = sorted(range(len(ids)), key=lambda i: -scores[i])
         total += ndcg_at_10([ids[i] for i in order], corpus.qrels[query_id])
     return total / len(queries)
@@ -356,10 +355,8 @@ def steps_of(recipe: Recipe) -> Iterator[tuple[int, bool, float, float]]:
 def train(recipe: Recipe, output: Path, checkpoint_seconds: float, validation_limit: int | None) -> None:
     """Train and leave the best checkpoint by validation nDCG@10 in ``output``."""
     train_corpus, validation = load_stdlib("train"), load_stdlib("validation")
-    tokenizer = train_tokenizer(
-        [*train_corpus.documents.values(), *train_corpus.queries.values()], recipe.vocabulary
-    )
-    settings = BlockRankSettings(recipe.layer, PROMPT, recipe.max_document_tokens, recipe.tail_offset)
+    tokenizer = train_tokenizer([*train_corpus.documents.values(), *train_corpus.queries.values()], recipe.vocabulary)
+    settings = BlockRankSettings(recipe.layer, COMPACT, recipe.max_document_tokens, recipe.tail_offset)
     collator = RankingCollator(tokenizer, settings)
     start = build_model(recipe, len(tokenizer))
     model = copy.deepcopy(start).to(torch.bfloat16)
@@ -368,7 +365,9 @@ def train(recipe: Recipe, output: Path, checkpoint_seconds: float, validation_li
     sampler = Sampler(recipe, train_corpus)
     candidates = bm25_candidates(validation.queries, validation.documents)
     print(json.dumps(asdict(recipe)))
-    print(f"{sum(p.numel() for p in model.parameters())} parameters, {len(sampler.real)} + {len(sampler.clauses)} queries")
+    print(
+        f"{sum(p.numel() for p in model.parameters())} parameters, {len(sampler.real)} + {len(sampler.clauses)} queries"
+    )
     bm25 = [ndcg_at_10(candidates[q].document_ids, validation.qrels[q]) for q in validation.queries]
     initial = evaluate(ranker, validation, candidates, validation_limit)
     print(f"validation nDCG@10: BM25 {sum(bm25) / len(bm25):.4f}, untrained {initial:.4f}", flush=True)
@@ -397,7 +396,8 @@ def train(recipe: Recipe, output: Path, checkpoint_seconds: float, validation_li
         if final or time.monotonic() - last > checkpoint_seconds:
             score = evaluate(ranker, validation, candidates, None if final else validation_limit)
             print(
-                f"{time.monotonic() - began:6.0f} s  step {step + 1}  {tokens / (time.monotonic() - began):.0f} tokens/s"
+                f"{time.monotonic() - began:6.0f} s  step {step + 1}"
+                f"  {tokens / (time.monotonic() - began):.0f} tokens/s"
                 f"  loss {sum(losses[-200:]) / len(losses[-200:]):.3f}  first {sum(hits[-200:]) / len(hits[-200:]):.3f}"
                 f"  {detail}  validation nDCG@10 {score:.4f}",
                 flush=True,
