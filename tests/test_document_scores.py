@@ -149,7 +149,7 @@ def test_gradients(name: str, case: tuple[Problem, torch.Tensor]) -> None:
         inputs = query.to(dtype), key.to(dtype)
         truth = gradients(specification, *(t.double() for t in inputs))
         eager = gradients(specification, *inputs)
-        # A weight exp(logit - lse) is off by an ulp of the logit; it multiplies upstream gradients, about 4, and Q or K.
+        # A weight exp(logit - lse) is off by an ulp of the logit; it multiplies upstream gradients, about 4, and Q or K
         scale = problem.options["scale"] or key.shape[-1] ** -0.5
         norms = [t.norm(dim=-1).max().item() if t.numel() else 0.0 for t in inputs]
         magnitude = 4 * scale * max(norms) * (1 + scale * norms[0] * norms[1])
