@@ -5,16 +5,14 @@
 
 #include "../block_attention.h"
 
-#include <omp.h>
 #include <sys/mman.h>
 
 #include <algorithm>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "dispatch.h"
 #include "list_spans.h"
+#include "scratch.h"
 
 namespace rankernel {
 namespace {
@@ -122,30 +120,25 @@ Status block_attention(const BlockAttentionArgs& args, int isa) {
       add_list(work, list, args, kernels);
     }
   }
-  const size_t scratch_bytes = kernels.scratch_bytes(args, work.max_keys);
-  const size_t slot_bytes = static_cast<size_t>(round_up(static_cast<int64_t>(work.slot_floats * sizeof(float)), 64));
   const int threads = std::max(args.num_threads, 1);
-  struct Free {
-    void operator()(char* p) const { ::operator delete(p, std::align_val_t(64)); }
-  };
-  const std::unique_ptr<char, Free> memory(static_cast<char*>(
-      ::operator new(slot_bytes + scratch_bytes * static_cast<size_t>(threads), std::align_val_t(64))));
-  advise_huge_pages(memory.get(), slot_bytes);
+  const Scratch scratch(kernels.scratch_bytes(args, work.max_keys), threads);
+  const size_t slot_bytes = work.slot_floats * sizeof(float);
+  const Scratch slots(slot_bytes, 1);
+  advise_huge_pages(slots.data(), slot_bytes);
   advise_huge_pages(args.out.data,
                     static_cast<size_t>(args.layout.num_tokens * args.out.token_stride) * element_size(args.dtype));
-  work.place(reinterpret_cast<float*>(memory.get()));
+  work.place(reinterpret_cast<float*>(slots.data()));
   const int64_t heads = args.num_kv_heads;
   const int64_t num_tasks = static_cast<int64_t>(work.tasks.size()) * heads;
   const int64_t num_tails = static_cast<int64_t>(work.tails.size()) * heads;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    void* scratch = memory.get() + slot_bytes + scratch_bytes * static_cast<size_t>(omp_get_thread_num());
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < num_tasks; ++i)
-      kernels.run_task(args, work.tasks[static_cast<size_t>(i / heads)], i % heads, work.max_keys, scratch);
+      kernels.run_task(args, work.tasks[static_cast<size_t>(i / heads)], i % heads, work.max_keys, scratch.of_thread());
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < num_tails; ++i)
-      kernels.run_tail(args, work.tails[static_cast<size_t>(i / heads)], i % heads, work.max_keys, scratch);
+      kernels.run_tail(args, work.tails[static_cast<size_t>(i / heads)], i % heads, work.max_keys, scratch.of_thread());
   }
   return Status::kOk;
 }

@@ -4,18 +4,15 @@
 
 #include "../document_scores.h"
 
-#include <omp.h>
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <memory>
-#include <new>
 #include <numeric>
 #include <vector>
 
 #include "dispatch.h"
 #include "list_spans.h"
+#include "scratch.h"
 
 namespace rankernel {
 namespace {
@@ -82,21 +79,6 @@ ScoreTask task_of(const Piece& piece) {
   return {piece.rows.data(), static_cast<int64_t>(piece.rows.size()), piece.num_list_rows, piece.key_begin,
           piece.key_end};
 }
-
-class Scratch {
- public:
-  Scratch(size_t bytes, int threads)
-      : bytes_(bytes),
-        memory_(static_cast<char*>(::operator new(bytes* static_cast<size_t>(threads), std::align_val_t(64)))) {}
-  void* of_thread() const { return memory_.get() + bytes_ * static_cast<size_t>(omp_get_thread_num()); }
-
- private:
-  struct Free {
-    void operator()(char* p) const { ::operator delete(p, std::align_val_t(64)); }
-  };
-  size_t bytes_;
-  std::unique_ptr<char, Free> memory_;
-};
 
 void compute_pieces(const DocumentScoresArgs& args, const ScoreKernels& kernels, const Work& work, int threads,
                     const Scratch& scratch, std::vector<SoftmaxState>& states) {
