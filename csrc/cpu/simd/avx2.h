@@ -47,6 +47,7 @@ inline Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
 inline Vec fmadd(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 inline Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
+inline Vec sqrt(Vec a) { return _mm256_sqrt_ps(a); }
 inline Vec abs(Vec a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
 inline Vec copy_sign(Vec magnitude, Vec sign) {
   return _mm256_or_ps(magnitude, _mm256_and_ps(_mm256_set1_ps(-0.0f), sign));
@@ -82,6 +83,9 @@ inline Vec scale_by_power(Vec p, Vec n) {
   const __m256 scaled = _mm256_andnot_ps(small, _mm256_mul_ps(p, power));
   return _mm256_blendv_ps(scaled, n, _mm256_cmp_ps(n, n, _CMP_UNORD_Q));
 }
+
+// table[index], the index an integer in a float.
+inline Vec gather(const float* table, Vec index) { return _mm256_i32gather_ps(table, _mm256_cvtps_epi32(index), 4); }
 
 inline void transpose(Vec (&r)[kWidth]) {
   Vec t[kWidth];

@@ -55,6 +55,7 @@ inline Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
 inline Vec fmadd(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 inline Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
+inline Vec sqrt(Vec a) { return _mm512_sqrt_ps(a); }
 inline Vec abs(Vec a) { return _mm512_abs_ps(a); }
 inline Vec copy_sign(Vec magnitude, Vec sign) {
   return _mm512_or_ps(magnitude, _mm512_and_ps(_mm512_set1_ps(-0.0f), sign));
@@ -73,6 +74,9 @@ inline Vec keep(Vec x, int begin, int end, Vec fill) {
 // x rounded to an integer, and p * 2^n for such an n in [-150, 127] or NaN.
 inline Vec round(Vec x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Vec scale_by_power(Vec p, Vec n) { return _mm512_scalef_ps(p, n); }
+
+// table[index], the index an integer in a float.
+inline Vec gather(const float* table, Vec index) { return _mm512_i32gather_ps(_mm512_cvtps_epi32(index), table, 4); }
 
 inline void transpose(Vec (&r)[kWidth]) {
   Vec t[kWidth];

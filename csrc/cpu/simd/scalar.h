@@ -30,6 +30,7 @@ inline Vec div(Vec a, Vec b) { return a / b; }
 inline Vec fmadd(Vec a, Vec b, Vec c) { return a * b + c; }
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
+inline Vec sqrt(Vec a) { return __builtin_sqrtf(a); }
 inline Vec abs(Vec a) { return __builtin_fabsf(a); }
 inline Vec copy_sign(Vec magnitude, Vec sign) { return __builtin_copysignf(magnitude, sign); }
 inline Vec select_less(Vec a, Vec b, Vec if_less, Vec otherwise) { return a < b ? if_less : otherwise; }
@@ -45,5 +46,8 @@ inline Vec scale_by_power(Vec p, Vec n) {
   if (!(n >= -126.0f)) return n != n ? n : 0.0f;
   return p * from_bits(static_cast<uint32_t>(static_cast<int>(n) + 127) << 23);
 }
+
+// table[index], the index an integer in a float.
+inline Vec gather(const float* table, Vec index) { return table[static_cast<int>(index)]; }
 
 inline void transpose(Vec (&)[kWidth]) {}

@@ -1,0 +1,91 @@
+// What the driver (listwise_loss.cpp, baseline code) and the kernels of one instruction set agree on: plain structs.
+// Item arrays are padded: kPadding floats behind the last item may be read.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace rankernel {
+
+constexpr int64_t kPadding = 16;
+
+// What a pair (i, j) adds to the loss and to the sums of its two items. x = sigma (scores_i - scores_j).
+enum class PairTerm : int {
+  // weight softplus(-x), and its derivative with respect to x added to the sum of i, subtracted from that of j; weight =
+  kOne,           // 1
+  kInverseRanks,  // 1 / (a_i + a_j)
+  kAbsolute,      // |a_i - a_j| |b_i - b_j| cut
+  kRelative,      // |a_i - a_j| table[|c_i - c_j|] cut
+  kCombined,      // |a_i - a_j| (mu table[|c_i - c_j|] + |b_i - b_j|) cut
+  kReweighted,    // |a_i - a_j| table[|c_i - c_j|] b of the item with the larger c
+  kSoft,          // cross entropy of sigmoid(x) with the target sigmoid(a_i - a_j), a_i >= a_j
+  kBothWays,      // (a_i softplus(-x) + a_j softplus(x)) cut
+  // No loss:
+  kSmoothRank,      // sigmoid(-x) to i, sigmoid(x) to j
+  kSmoothGradient,  // (a_j - a_i) sigmoid'(x) to i, its negative to j
+  kSpread,          // |x| to both
+  kSpreadGradient,  // sign(x) (a_i + a_j) to i, its negative to j
+};
+
+// Whether `inside` of both items or of either decides that a pair counts: cut is 1 or 0.
+enum class PairCut : int { kBoth, kEither };
+
+struct PairTask {
+  PairTerm term;
+  PairCut cut;
+  int64_t num_items;
+  float sigma, mu;
+  const float* scores;
+  const float *a, *b, *c;
+  const float* inside;
+  const float* table;
+  const int32_t* first;  // the pairs of i are (i, j), first[i] <= j < num_items; first[i] > i, and it never falls
+};
+
+// K_ij = exp(z_ij - max_j z_ij), z_ij = ((n + 1 - 2 i) scores_j - spread_j) / temperature, rows i from 1: NeuralSort's
+// matrix before its rows are normalised. It is never stored; every pass computes its rows again.
+struct SinkhornMatrix {
+  int64_t n;
+  const float* scores;
+  const float* spread;  // sum_k |scores_j - scores_k|
+  float inverse_temperature;
+  float* row;  // [n] work
+};
+
+// One step back through the scalings: with x_ij = factor_i h_j u_i K_ij v_j and y_ij = -open_i g_i u_i K_ij v_before_j,
+// g_i = carry_i + sum_j x_ij, this adds to gradient_j the sums over i of y_ij (and x_ij if direct), to plain_j those of
+// x_ij + y_ij and to weighted_j those of (n + 1 - 2 i)(x_ij + y_ij), and leaves g_i in carry_i where row i is not open.
+struct SinkhornStep {
+  const float *factor, *h, *v, *u, *v_before, *open;
+  bool direct;
+  float* carry;
+  double *gradient, *plain, *weighted;
+};
+
+struct ListwiseKernels {
+  // Adds the pairs of the rows [begin, end) to sums[num_items] and returns their loss.
+  double (*pairs)(const PairTask&, int64_t begin, int64_t end, double* sums);
+  // out = exp(scale (x - shift)); returns its sum.
+  double (*exponentials)(const float* x, int64_t n, float shift, float scale, float* out);
+  // softplus(-x) and sigmoid(-x)
+  void (*logistic)(const float* x, int64_t n, float* softplus, float* sigmoid);
+  // sum of sigmoid(sigma (x + shift))
+  double (*sigmoid_sum)(const float* x, int64_t n, float sigma, float shift);
+  // u_i = u_before_i / max(u_before_i r_i, least), r_i = sum_j K_ij v_j (1 / r_i without u_before); columns_j = sum_i u_i
+  // K_ij. Returns the largest |u_i r_i - 1|.
+  float (*sinkhorn)(const SinkhornMatrix&, const float* u_before, const float* v, float least, float* u, double* columns);
+  // columns_j = sum_i weights_i K_ij
+  void (*sinkhorn_columns)(const SinkhornMatrix&, const float* weights, double* columns);
+  void (*sinkhorn_back)(const SinkhornMatrix&, const SinkhornStep&);
+};
+
+#define RANKERNEL_DECLARE_ISA(isa) \
+  namespace isa {                  \
+  ListwiseKernels listwise_kernels(); \
+  }
+RANKERNEL_DECLARE_ISA(scalar)
+RANKERNEL_DECLARE_ISA(avx2)
+RANKERNEL_DECLARE_ISA(avx512)
+#undef RANKERNEL_DECLARE_ISA
+
+}  // namespace rankernel

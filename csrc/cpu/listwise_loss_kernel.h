@@ -1,0 +1,314 @@
+// The inner loops of listwise_loss for one instruction set, on the vectors of simd/.
+
+constexpr int64_t kRowBlock = 64, kColumnTile = 64 * kWidth;
+
+// What one item brings to a pair.
+struct PairItem {
+  Vec score, a, b, c, inside;
+};
+
+struct PairValues {
+  Vec loss, row, column;
+};
+
+template <PairTerm kTerm>
+constexpr bool uses_a() {
+  return kTerm != PairTerm::kOne && kTerm != PairTerm::kSmoothRank && kTerm != PairTerm::kSpread;
+}
+template <PairTerm kTerm>
+constexpr bool uses_b() {
+  return kTerm == PairTerm::kAbsolute || kTerm == PairTerm::kCombined || kTerm == PairTerm::kReweighted;
+}
+template <PairTerm kTerm>
+constexpr bool uses_c() {
+  return kTerm == PairTerm::kRelative || kTerm == PairTerm::kCombined || kTerm == PairTerm::kReweighted;
+}
+template <PairTerm kTerm>
+constexpr bool is_cut() {
+  return kTerm == PairTerm::kAbsolute || kTerm == PairTerm::kRelative || kTerm == PairTerm::kCombined ||
+         kTerm == PairTerm::kBothWays;
+}
+template <PairTerm kTerm>
+constexpr bool has_loss() {
+  return kTerm < PairTerm::kSmoothRank;
+}
+
+template <PairTerm kTerm>
+inline PairItem row_item(const PairTask& t, int64_t i) {
+  PairItem item{set1(t.scores[i]), zero(), zero(), zero(), zero()};
+  if constexpr (uses_a<kTerm>()) item.a = set1(t.a[i]);
+  if constexpr (uses_b<kTerm>()) item.b = set1(t.b[i]);
+  if constexpr (uses_c<kTerm>()) item.c = set1(t.c[i]);
+  if constexpr (is_cut<kTerm>()) item.inside = set1(t.inside[i]);
+  return item;
+}
+
+template <PairTerm kTerm>
+inline PairItem column_items(const PairTask& t, int64_t j) {
+  PairItem item{load(t.scores + j), zero(), zero(), zero(), zero()};
+  if constexpr (uses_a<kTerm>()) item.a = load(t.a + j);
+  if constexpr (uses_b<kTerm>()) item.b = load(t.b + j);
+  if constexpr (uses_c<kTerm>()) item.c = load(t.c + j);
+  if constexpr (is_cut<kTerm>()) item.inside = load(t.inside + j);
+  return item;
+}
+
+template <PairTerm kTerm>
+struct PairFunction {
+  Vec sigma, mu;
+  const float* table;
+  bool either;
+
+  explicit PairFunction(const PairTask& t)
+      : sigma(set1(t.sigma)), mu(set1(t.mu)), table(t.table), either(t.cut == PairCut::kEither) {}
+
+  Vec cut(const PairItem& i, const PairItem& j) const {
+    return either ? max(i.inside, j.inside) : min(i.inside, j.inside);
+  }
+  static Vec distance(Vec x, Vec y) { return abs(sub(x, y)); }
+  Vec relative(const PairItem& i, const PairItem& j) const { return gather(table, distance(i.c, j.c)); }
+
+  Vec weight(const PairItem& i, const PairItem& j) const {
+    if constexpr (kTerm == PairTerm::kInverseRanks) return div(set1(1.0f), add(i.a, j.a));
+    const Vec gain = distance(i.a, j.a);
+    if constexpr (kTerm == PairTerm::kReweighted)
+      return mul(mul(gain, relative(i, j)), select_less(i.c, j.c, j.b, i.b));
+    Vec discount = zero();
+    if constexpr (kTerm == PairTerm::kAbsolute) discount = distance(i.b, j.b);
+    if constexpr (kTerm == PairTerm::kRelative) discount = relative(i, j);
+    if constexpr (kTerm == PairTerm::kCombined) discount = fmadd(mu, relative(i, j), distance(i.b, j.b));
+    return mul(mul(gain, discount), cut(i, j));
+  }
+
+  PairValues operator()(const PairItem& i, const PairItem& j) const {
+    const Vec difference = sub(i.score, j.score);
+    if constexpr (kTerm == PairTerm::kSpread) return {zero(), abs(difference), abs(difference)};
+    if constexpr (kTerm == PairTerm::kSpreadGradient) {
+      const Vec sum = add(i.a, j.a);
+      const Vec signed_sum =
+          select_less(difference, zero(), sub(zero(), sum), select_less(zero(), difference, sum, zero()));
+      return {zero(), signed_sum, sub(zero(), signed_sum)};
+    }
+    const Logistic x = logistic(mul(sigma, difference));
+    if constexpr (kTerm == PairTerm::kSmoothRank || kTerm == PairTerm::kSmoothGradient) {
+      if constexpr (kTerm == PairTerm::kSmoothRank) return {zero(), x.sigmoid, x.complement};
+      const Vec change = mul(sub(j.a, i.a), mul(x.sigmoid, x.complement));
+      return {zero(), change, sub(zero(), change)};
+    }
+    Vec loss = x.softplus, slope = x.sigmoid;
+    if constexpr (kTerm == PairTerm::kSoft || kTerm == PairTerm::kBothWays) {
+      // softplus(x) = softplus(-x) + x and sigmoid(x) = 1 - sigmoid(-x): w1 softplus(-x) + w2 softplus(x) has the slope
+      // -(w1 + w2) sigmoid(-x) + w2.
+      Vec forward = i.a, backward = j.a;
+      if constexpr (kTerm == PairTerm::kSoft) {
+        const Logistic target = logistic(sub(i.a, j.a));
+        forward = target.complement;
+        backward = target.sigmoid;
+      } else {
+        forward = mul(forward, cut(i, j));
+        backward = mul(backward, cut(i, j));
+      }
+      const Vec both = add(forward, backward), scaled = mul(sigma, difference);
+      loss = fmadd(both, x.softplus, mul(backward, scaled));
+      slope = sub(mul(both, x.sigmoid), backward);
+    } else if constexpr (kTerm != PairTerm::kOne) {
+      const Vec w = weight(i, j);
+      loss = mul(w, loss);
+      slope = mul(w, slope);
+    }
+    return {loss, sub(zero(), slope), slope};
+  }
+};
+
+// Rows [row, row + kRows_) against the columns [begin, end), columns of a row from first[] on. partial[j - tile] collects
+// what the columns get.
+template <PairTerm kTerm, int kGroup>
+inline double pair_group(const PairTask& t, const PairFunction<kTerm>& function, int64_t row, int64_t begin, int64_t end,
+                         int64_t tile, float* partial, double* sums) {
+  PairItem items[kGroup];
+  Vec totals[kGroup], loss = zero();
+  for (int r = 0; r < kGroup; ++r) {
+    items[r] = row_item<kTerm>(t, row + r);
+    totals[r] = zero();
+  }
+  const int64_t ragged = t.first[row + kGroup - 1];  // from here on every row has every column
+  for (int64_t j = larger(begin, static_cast<int64_t>(t.first[row])); j < end; j += kWidth) {
+    const PairItem columns = column_items<kTerm>(t, j);
+    Vec received = load(partial + (j - tile));
+    const bool whole = j >= ragged && j + kWidth <= end;
+    for (int r = 0; r < kGroup; ++r) {
+      PairValues values = function(items[r], columns);
+      if (!whole) {
+        const int low = static_cast<int>(smaller(larger(t.first[row + r] - j, int64_t{0}), int64_t{kWidth}));
+        const int high = static_cast<int>(smaller(end - j, int64_t{kWidth}));
+        values.loss = keep(values.loss, low, high, zero());
+        values.row = keep(values.row, low, high, zero());
+        values.column = keep(values.column, low, high, zero());
+      }
+      totals[r] = add(totals[r], values.row);
+      received = add(received, values.column);
+      if constexpr (has_loss<kTerm>()) loss = add(loss, values.loss);
+    }
+    store(partial + (j - tile), received);
+  }
+  for (int r = 0; r < kGroup; ++r) sums[row + r] += static_cast<double>(reduce_add(totals[r]));
+  return static_cast<double>(reduce_add(loss));
+}
+
+// Blocks of rows against tiles of columns: no float sum has more than 64 terms, longer ones are in double.
+template <PairTerm kTerm>
+double pair_rows(const PairTask& t, int64_t begin, int64_t end, double* sums) {
+  const PairFunction<kTerm> function(t);
+  constexpr int kGroup = 4;
+  double loss = 0.0;
+  alignas(64) float partial[kColumnTile + kPadding];
+  for (int64_t block = begin; block < end; block += kRowBlock) {
+    const int64_t block_end = smaller(block + kRowBlock, end);
+    for (int64_t tile = t.first[block]; tile < t.num_items; tile += kColumnTile) {
+      const int64_t tile_end = smaller(tile + kColumnTile, t.num_items);
+      for (int64_t j = 0; j < tile_end - tile + kWidth; ++j) partial[j] = 0.0f;
+      int64_t row = block;
+      for (; row + kGroup <= block_end && t.first[row] < tile_end; row += kGroup)
+        loss += pair_group<kTerm, kGroup>(t, function, row, tile, tile_end, tile, partial, sums);
+      for (; row < block_end && t.first[row] < tile_end; ++row)
+        loss += pair_group<kTerm, 1>(t, function, row, tile, tile_end, tile, partial, sums);
+      for (int64_t j = tile; j < tile_end; ++j) sums[j] += static_cast<double>(partial[j - tile]);
+    }
+  }
+  return loss;
+}
+
+double pairs(const PairTask& t, int64_t begin, int64_t end, double* sums) {
+  switch (t.term) {
+    case PairTerm::kOne:
+      return pair_rows<PairTerm::kOne>(t, begin, end, sums);
+    case PairTerm::kInverseRanks:
+      return pair_rows<PairTerm::kInverseRanks>(t, begin, end, sums);
+    case PairTerm::kAbsolute:
+      return pair_rows<PairTerm::kAbsolute>(t, begin, end, sums);
+    case PairTerm::kRelative:
+      return pair_rows<PairTerm::kRelative>(t, begin, end, sums);
+    case PairTerm::kCombined:
+      return pair_rows<PairTerm::kCombined>(t, begin, end, sums);
+    case PairTerm::kReweighted:
+      return pair_rows<PairTerm::kReweighted>(t, begin, end, sums);
+    case PairTerm::kSoft:
+      return pair_rows<PairTerm::kSoft>(t, begin, end, sums);
+    case PairTerm::kBothWays:
+      return pair_rows<PairTerm::kBothWays>(t, begin, end, sums);
+    case PairTerm::kSmoothRank:
+      return pair_rows<PairTerm::kSmoothRank>(t, begin, end, sums);
+    case PairTerm::kSmoothGradient:
+      return pair_rows<PairTerm::kSmoothGradient>(t, begin, end, sums);
+    case PairTerm::kSpread:
+      return pair_rows<PairTerm::kSpread>(t, begin, end, sums);
+    default:
+      return pair_rows<PairTerm::kSpreadGradient>(t, begin, end, sums);
+  }
+}
+
+// Sums f(vector, lanes) over n items: float over 64 vectors, double beyond.
+template <class Function>
+inline double sum_over(int64_t n, Function f) {
+  double sum = 0.0;
+  for (int64_t tile = 0; tile < n; tile += kColumnTile) {
+    Vec part = zero();
+    for (int64_t i = tile; i < smaller(tile + kColumnTile, n); i += kWidth) {
+      const int lanes = static_cast<int>(smaller(n - i, int64_t{kWidth}));
+      part = add(part, keep(f(i, lanes), 0, lanes, zero()));
+    }
+    sum += static_cast<double>(reduce_add(part));
+  }
+  return sum;
+}
+
+double exponentials(const float* x, int64_t n, float shift, float scale, float* out) {
+  return sum_over(n, [=](int64_t i, int lanes) {
+    const Vec e = exp(mul(set1(scale), sub(load_partial(x + i, lanes), set1(shift))));
+    store_partial(out + i, e, lanes);
+    return e;
+  });
+}
+
+void logistic_of(const float* x, int64_t n, float* softplus, float* sigmoid) {
+  for (int64_t i = 0; i < n; i += kWidth) {
+    const int lanes = static_cast<int>(smaller(n - i, int64_t{kWidth}));
+    const Logistic both = logistic(load_partial(x + i, lanes));
+    store_partial(softplus + i, both.softplus, lanes);
+    store_partial(sigmoid + i, both.sigmoid, lanes);
+  }
+}
+
+double sigmoid_sum(const float* x, int64_t n, float sigma, float shift) {
+  return sum_over(n, [=](int64_t i, int lanes) {
+    return logistic(mul(set1(sigma), add(load_partial(x + i, lanes), set1(shift)))).complement;
+  });
+}
+
+// Row i of the matrix into m.row; returns n + 1 - 2 i.
+inline float kernel_row(const SinkhornMatrix& m, int64_t i) {
+  const float weight = static_cast<float>(m.n - 1 - 2 * i);  // i from 0 here
+  Vec highest = set1(kNegativeInfinity);
+  for (int64_t j = 0; j < m.n; j += kWidth) {
+    const int lanes = static_cast<int>(smaller(m.n - j, int64_t{kWidth}));
+    Vec z = fmadd(set1(weight), load_partial(m.scores + j, lanes), sub(zero(), load_partial(m.spread + j, lanes)));
+    z = mul(z, set1(m.inverse_temperature));
+    highest = max(highest, keep(z, 0, lanes, set1(kNegativeInfinity)));
+    store_partial(m.row + j, z, lanes);
+  }
+  exponentials(m.row, m.n, reduce_max(highest), 1.0f, m.row);
+  return weight;
+}
+
+// columns += weight times the row, in double: a float sum over many rows would lose more than the rest of the method.
+inline void add_row(const SinkhornMatrix& m, float weight, double* columns) {
+  for (int64_t j = 0; j < m.n; ++j) columns[j] += static_cast<double>(weight * m.row[j]);
+}
+
+float sinkhorn(const SinkhornMatrix& m, const float* u_before, const float* v, float least, float* u, double* columns) {
+  for (int64_t j = 0; j < m.n; ++j) columns[j] = 0.0;
+  float deviation = 0.0f;
+  for (int64_t i = 0; i < m.n; ++i) {
+    kernel_row(m, i);
+    const auto scaled = [&](int64_t j, int lanes) {
+      return mul(load_partial(m.row + j, lanes), load_partial(v + j, lanes));
+    };
+    const float sum = static_cast<float>(sum_over(m.n, scaled));
+    u[i] = u_before ? u_before[i] / larger(u_before[i] * sum, least) : 1.0f / sum;
+    deviation = larger(deviation, __builtin_fabsf(u[i] * sum - 1.0f));
+    add_row(m, u[i], columns);
+  }
+  return deviation;
+}
+
+void sinkhorn_columns(const SinkhornMatrix& m, const float* weights, double* columns) {
+  for (int64_t j = 0; j < m.n; ++j) columns[j] = 0.0;
+  for (int64_t i = 0; i < m.n; ++i) {
+    kernel_row(m, i);
+    add_row(m, weights[i], columns);
+  }
+}
+
+void sinkhorn_back(const SinkhornMatrix& m, const SinkhornStep& s) {
+  for (int64_t i = 0; i < m.n; ++i) {
+    const float weight = kernel_row(m, i);
+    const Vec u = set1(s.u[i]), factor = set1(s.factor[i]);
+    const auto x_of = [&](int64_t j, int lanes) {
+      const Vec mass = mul(mul(u, load_partial(m.row + j, lanes)), load_partial(s.v + j, lanes));
+      return mul(mul(factor, load_partial(s.h + j, lanes)), mass);
+    };
+    const float g = s.carry[i] + static_cast<float>(sum_over(m.n, x_of));
+    s.carry[i] = s.open[i] != 0.0f ? 0.0f : g;
+    const float back = -s.open[i] * g * s.u[i];
+    for (int64_t j = 0; j < m.n; ++j) {
+      const float x = s.factor[i] * s.h[j] * (s.u[i] * m.row[j] * s.v[j]), y = back * (m.row[j] * s.v_before[j]);
+      s.gradient[j] += static_cast<double>(s.direct ? x + y : y);
+      s.plain[j] += static_cast<double>(x + y);
+      s.weighted[j] += static_cast<double>(weight) * static_cast<double>(x + y);
+    }
+  }
+}
+
+inline ListwiseKernels kernels() {
+  return {pairs, exponentials, logistic_of, sigmoid_sum, sinkhorn, sinkhorn_columns, sinkhorn_back};
+}
