@@ -4,7 +4,7 @@ PYTHON ?= python3
 CXX ?= c++
 BIN := .venv/bin
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
-CXX_SOURCES := $(filter %.cpp %.h,$(SOURCES))
+CXX_SOURCES := $(filter %.cpp %.h,$(SOURCES)) $(wildcard csrc/cuda/*.cu csrc/cuda/*.cuh tests/native/*.h)
 PY_SOURCES := python tests benchmarks scripts triton_kernels
 
 .PHONY: demo test bench wheel lint format prerequisites clean

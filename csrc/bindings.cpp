@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <map>
 #include <string>
 #include <tuple>
@@ -13,6 +14,8 @@
 #include "cpu/cpu_features.h"
 #include "cpu/dispatch.h"
 #include "document_scores.h"
+#include "listwise_loss.h"
+#include "relevance_feedback.h"
 
 namespace py = pybind11;
 using namespace rankernel;
@@ -97,6 +100,50 @@ int bound_document_scores(int isa, int dtype, const Tensor& query, const Tensor&
   return static_cast<int>(kOp(args, isa));
 }
 
+int bound_listwise_loss(int isa, int dtype, const std::array<uintptr_t, 4>& inputs, const std::array<int64_t, 2>& sizes,
+                        const std::array<int, 2>& kind_and_reduction, const std::array<double, 10>& settings,
+                        uint64_t seed, const std::array<uintptr_t, 2>& outputs, int num_threads) {
+  const ListwiseArgs args{static_cast<DType>(dtype),
+                          pointer<const void>(inputs[0]),
+                          pointer<const float>(inputs[1]),
+                          pointer<const uint8_t>(inputs[2]),
+                          pointer<const int64_t>(inputs[3]),
+                          sizes[0],
+                          sizes[1],
+                          static_cast<ListwiseKind>(kind_and_reduction[0]),
+                          static_cast<ListwiseReduction>(kind_and_reduction[1]),
+                          {settings[0], settings[1], settings[2], settings[3], settings[4], settings[5], settings[6],
+                           settings[7], settings[8], settings[9]},
+                          seed,
+                          pointer<float>(outputs[0]),
+                          pointer<float>(outputs[1]),
+                          num_threads};
+  const py::gil_scoped_release release;
+  return static_cast<int>(listwise_loss(args, isa));
+}
+
+void bound_relevance_feedback(int isa, int dtype, uintptr_t queries, const Tensor& documents, uintptr_t teacher,
+                              uintptr_t where, const std::array<int64_t, 3>& sizes, int loss, double learning_rate,
+                              int64_t num_steps, float scale, int num_threads) {
+  const RelevanceFeedbackArgs args{static_cast<DType>(dtype),
+                                   pointer<float>(queries),
+                                   pointer<const void>(std::get<0>(documents)),
+                                   std::get<1>(documents),
+                                   std::get<2>(documents),
+                                   pointer<const float>(teacher),
+                                   pointer<const uint8_t>(where),
+                                   sizes[0],
+                                   sizes[1],
+                                   sizes[2],
+                                   static_cast<FeedbackLoss>(loss),
+                                   learning_rate,
+                                   num_steps,
+                                   scale,
+                                   num_threads};
+  const py::gil_scoped_release release;
+  relevance_feedback(args, isa);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -133,4 +180,6 @@ PYBIND11_MODULE(_C, module) {
   module.def("block_attention", bound_block_attention);
   module.def("document_logsumexp", bound_document_scores<document_logsumexp>);
   module.def("token_attention_mass", bound_document_scores<token_attention_mass>);
+  module.def("listwise_loss", bound_listwise_loss);
+  module.def("relevance_feedback", bound_relevance_feedback);
 }

@@ -37,7 +37,7 @@ enum class ListwiseKind : int {
 
 enum class ListwiseReduction : int { kNone, kSum, kMean, kPairMean };
 
-// `Settings` of python/rankernel/listwise.py, which explains the fields.
+// `Settings` of python/rankernel/listwise.py, which explains the fields (`count` is its `number`).
 struct ListwiseSettings {
   double sigma, temperature, unit, k, mu, margin, count, tolerance, option, divisor;
 };

@@ -9,7 +9,7 @@ constexpr bool kEmulated = true;
 constexpr bool kEmulated = false;
 #endif
 
-constexpr int kAttention = 0, kScores = 1;
+constexpr int kAttention = 0, kScores = 1, kListwise = 2, kFeedback = 3;
 
 }  // namespace
 
@@ -23,6 +23,20 @@ extern const KernelTable kKernelTables[] = {
       /* amx          */ {false, true, false},
       /* amx_emulated */ {false, kEmulated, false}}},
     {"document_scores",
+     {/* scalar       */ {true, true, true},
+      /* avx2         */ {true, true, true},
+      /* avx512       */ {true, true, true},
+      /* avx512bf16   */ {false, false, false},
+      /* amx          */ {false, false, false},
+      /* amx_emulated */ {false, false, false}}},
+    {"listwise_loss",
+     {/* scalar       */ {true, true, true},
+      /* avx2         */ {true, true, true},
+      /* avx512       */ {true, true, true},
+      /* avx512bf16   */ {false, false, false},
+      /* amx          */ {false, false, false},
+      /* amx_emulated */ {false, false, false}}},
+    {"relevance_feedback",
      {/* scalar       */ {true, true, true},
       /* avx2         */ {true, true, true},
       /* avx512       */ {true, true, true},
@@ -64,6 +78,28 @@ ScoreKernels select_score_kernels(DType dtype, int isa) {
       return avx2::score_kernels(dtype);
     default:
       return scalar::score_kernels(dtype);
+  }
+}
+
+ListwiseKernels select_listwise_kernels(DType dtype, int isa) {
+  switch (select_isa(kKernelTables[kListwise], dtype, isa)) {
+    case kAvx512:
+      return avx512::listwise_kernels();
+    case kAvx2:
+      return avx2::listwise_kernels();
+    default:
+      return scalar::listwise_kernels();
+  }
+}
+
+FeedbackKernels select_feedback_kernels(DType dtype, int isa) {
+  switch (select_isa(kKernelTables[kFeedback], dtype, isa)) {
+    case kAvx512:
+      return avx512::feedback_kernels(dtype);
+    case kAvx2:
+      return avx2::feedback_kernels(dtype);
+    default:
+      return scalar::feedback_kernels(dtype);
   }
 }
 

@@ -3,6 +3,8 @@
 #pragma once
 
 #include "attention_kernels.h"
+#include "feedback_kernels.h"
+#include "listwise_kernels.h"
 
 namespace rankernel {
 
@@ -19,5 +21,7 @@ int select_isa(const KernelTable& table, DType dtype, int isa);
 
 AttentionKernels select_attention_kernels(DType dtype, int isa);
 ScoreKernels select_score_kernels(DType dtype, int isa);
+ListwiseKernels select_listwise_kernels(DType dtype, int isa);
+FeedbackKernels select_feedback_kernels(DType dtype, int isa);
 
 }  // namespace rankernel

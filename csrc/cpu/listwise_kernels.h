@@ -1,5 +1,6 @@
 // What the driver (listwise_loss.cpp, baseline code) and the kernels of one instruction set agree on: plain structs.
-// Item arrays are padded: kPadding floats behind the last item may be read.
+// Item arrays are padded: kPadding floats behind the last item may be read; those of the scores of pairs are -inf, so
+// that sigmoid(-x) and softplus(-x) against them are 0.
 #pragma once
 
 #include <cstddef>
@@ -11,8 +12,10 @@ constexpr int64_t kPadding = 16;
 
 // What a pair (i, j) adds to the loss and to the sums of its two items. x = sigma (scores_i - scores_j).
 enum class PairTerm : int {
-  // weight softplus(-x), and its derivative with respect to x added to the sum of i, subtracted from that of j; weight =
+  // weight softplus(-x), and its derivative with respect to x added to the sum of i, subtracted from that of j; weight
+  // =
   kOne,           // 1
+  kOneByProduct,  // 1, from a = exp(sigma scores) and b = exp(-sigma scores), see PairTask::terms_per_log
   kInverseRanks,  // 1 / (a_i + a_j)
   kAbsolute,      // |a_i - a_j| |b_i - b_j| cut
   kRelative,      // |a_i - a_j| table[|c_i - c_j|] cut
@@ -39,6 +42,8 @@ struct PairTask {
   const float *a, *b, *c;
   const float* inside;
   const float* table;
+  // kOneByProduct: how many columns of four rows fit one product of 1 + e^-x in float's range.
+  int64_t terms_per_log;
   const int32_t* first;  // the pairs of i are (i, j), first[i] <= j < num_items; first[i] > i, and it never falls
 };
 
@@ -71,16 +76,17 @@ struct ListwiseKernels {
   void (*logistic)(const float* x, int64_t n, float* softplus, float* sigmoid);
   // sum of sigmoid(sigma (x + shift))
   double (*sigmoid_sum)(const float* x, int64_t n, float sigma, float shift);
-  // u_i = u_before_i / max(u_before_i r_i, least), r_i = sum_j K_ij v_j (1 / r_i without u_before); columns_j = sum_i u_i
-  // K_ij. Returns the largest |u_i r_i - 1|.
-  float (*sinkhorn)(const SinkhornMatrix&, const float* u_before, const float* v, float least, float* u, double* columns);
+  // u_i = u_before_i / max(u_before_i r_i, least), r_i = sum_j K_ij v_j (1 / r_i without u_before); columns_j = sum_i
+  // u_i K_ij. Returns the largest |u_i r_i - 1|.
+  float (*sinkhorn)(const SinkhornMatrix&, const float* u_before, const float* v, float least, float* u,
+                    double* columns);
   // columns_j = sum_i weights_i K_ij
   void (*sinkhorn_columns)(const SinkhornMatrix&, const float* weights, double* columns);
   void (*sinkhorn_back)(const SinkhornMatrix&, const SinkhornStep&);
 };
 
-#define RANKERNEL_DECLARE_ISA(isa) \
-  namespace isa {                  \
+#define RANKERNEL_DECLARE_ISA(isa)    \
+  namespace isa {                     \
   ListwiseKernels listwise_kernels(); \
   }
 RANKERNEL_DECLARE_ISA(scalar)

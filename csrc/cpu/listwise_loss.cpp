@@ -1,6 +1,7 @@
-// One list after another: its valid items are packed, sorted where the kind needs it, and its loss and gradient come from
-// one or two passes over its pairs or its items. Short lists are shared out among threads; a long one is cut into parts
-// that depend on its length alone. So neither the threads nor the other lists of a batch change a bit of a list's result.
+// One list after another: its valid items are packed, sorted where the kind needs it, and its loss and gradient come
+// from one or two passes over its pairs or its items. Short lists are shared out among threads; a long one is cut into
+// parts that depend on its length alone. So neither the threads nor the other lists of a batch change a bit of a list's
+// result.
 
 #include "../listwise_loss.h"
 
@@ -20,13 +21,13 @@ namespace {
 
 #include "simd/element.h"
 
-constexpr int64_t kLongList = 4096;      // from here on several threads work on one list
-constexpr int64_t kPairParts = 16;       // of a long list's rows, each with its own sums
-constexpr int64_t kScanPart = 1 << 14;   // items of a Plackett-Luce list per part
-constexpr int64_t kScanBlock = 128;      // items that share a maximum
-constexpr double kScanRange = 60.0;      // and whose exponentials may be this far apart, in units of log e
-constexpr double kSerialWork = 2e4;      // pairs or so that are not worth waking threads for
-constexpr double kLeast = 1e-10;         // smallest ideal DCG and Sinkhorn sum that is divided by, as published
+constexpr int64_t kLongList = 4096;     // from here on several threads work on one list
+constexpr int64_t kPairParts = 16;      // of a long list's rows, each with its own sums
+constexpr int64_t kScanPart = 1 << 14;  // items of a Plackett-Luce list per part
+constexpr int64_t kScanBlock = 128;     // items that share a maximum
+constexpr double kScanRange = 60.0;     // and whose exponentials may be this far apart, in units of log e
+constexpr double kSerialWork = 2e4;     // pairs or so that are not worth waking threads for
+constexpr double kLeast = 1e-10;        // smallest ideal DCG and Sinkhorn sum that is divided by, as published
 
 // One list's valid items, in their order. Arrays have padding behind them.
 struct List {
@@ -52,11 +53,13 @@ struct Context {
 // Everything that a kind computes for one list. grad starts at zero and gets the gradient with respect to the scores.
 using ListFunction = Result (*)(const Context&, const List&, Arena&, double* grad);
 
-float* take_floats(Arena& arena, int64_t n) {
+float* take_floats(Arena& arena, int64_t n, float padding = 0.0f) {
   float* const p = arena.take<float>(n + kPadding);
-  std::fill_n(p + n, kPadding, 0.0f);
+  std::fill_n(p + n, kPadding, padding);
   return p;
 }
+
+constexpr float kInertScore = -std::numeric_limits<float>::infinity();
 
 // 1 / log2(1 + rank), from a table for the ranks that occur.
 double discount(int64_t rank) {
@@ -79,8 +82,8 @@ const int32_t* order_of(const float* values, const List& list, Arena& arena) {
   return order;
 }
 
-float* gather(const float* values, const int32_t* order, int64_t n, Arena& arena) {
-  float* const out = take_floats(arena, n);
+float* gather(const float* values, const int32_t* order, int64_t n, Arena& arena, float padding = 0.0f) {
+  float* const out = take_floats(arena, n, padding);
   for (int64_t i = 0; i < n; ++i) out[i] = values[order[i]];
   return out;
 }
@@ -102,7 +105,7 @@ ByLabel by_label(const List& list, Arena& arena) {
     first[i] = i + 1 < list.n && labels[i + 1] == labels[i] ? first[i + 1] : static_cast<int32_t>(i + 1);
     pairs += list.n - first[i];
   }
-  return {order, gather(list.scores, order, list.n, arena), labels, first, pairs};
+  return {order, gather(list.scores, order, list.n, arena, kInertScore), labels, first, pairs};
 }
 
 // Every pair once.
@@ -148,11 +151,10 @@ double run_pairs(const Context& c, const PairTask& task, int num_threads, Arena&
   while (part <= kPairParts) bounds[part++] = n;
   double losses[kPairParts];
   double* const parts = arena.take<double>(kPairParts * n);
-#pragma omp parallel for num_threads(num_threads) schedule(dynamic, 1) if (num_threads > 1)
-  for (int64_t p = 0; p < kPairParts; ++p) {
+  parallel_for(num_threads, kPairParts, [&](int64_t p) {
     std::fill_n(parts + p * n, n, 0.0);
     losses[p] = c.kernels.pairs(task, bounds[p], bounds[p + 1], parts + p * n);
-  }
+  });
   double loss = 0.0;
   for (int64_t p = 0; p < kPairParts; ++p) {
     loss += losses[p];
@@ -180,9 +182,41 @@ Result pair_loss(const Context& c, const PairTask& task, const List& list, const
   return {loss, pairs};
 }
 
+// e^-x of every pair as a product of two numbers, where the scores lie close enough together for that: four factors of
+// at most 1 + e^kProductRange fit a float. The exponents' rounding errors are put back as factors, so that the product
+// is as accurate as the exponential of the difference.
+void by_product(const Context& c, const List& list, const ByLabel& sorted, Arena& arena, PairTask& task) {
+  constexpr double kProductRange = 20.0, kFloatBits = 120.0;
+  const int64_t n = list.n;
+  const auto [low, high] = std::minmax_element(sorted.scores, sorted.scores + n);
+  const double range = c.settings.sigma * (static_cast<double>(*high) - static_cast<double>(*low));
+  if (!(range <= kProductRange)) return;
+  const double middle = (static_cast<double>(*high) + static_cast<double>(*low)) / 2;
+  float *const exponents = take_floats(arena, n), *const rests = take_floats(arena, n);
+  float *const up = take_floats(arena, n), *const down = take_floats(arena, n);
+  for (int64_t i = 0; i < n; ++i) {
+    const double exact = c.settings.sigma * (static_cast<double>(sorted.scores[i]) - middle);
+    exponents[i] = static_cast<float>(exact);
+    rests[i] = static_cast<float>(exact - static_cast<double>(exponents[i]));
+  }
+  c.kernels.exponentials(exponents, n, 0.0f, 1.0f, up);
+  c.kernels.exponentials(exponents, n, 0.0f, -1.0f, down);
+  for (int64_t i = 0; i < n; ++i) {
+    up[i] += up[i] * rests[i];
+    down[i] -= down[i] * rests[i];
+  }
+  task.term = PairTerm::kOneByProduct;
+  task.a = up;
+  task.b = down;
+  const double bits = std::log2(1.0 + std::exp(range));
+  task.terms_per_log = static_cast<int64_t>(kFloatBits / (4.0 * bits));
+}
+
 Result ranknet(const Context& c, const List& list, Arena& arena, double* grad) {
   const ByLabel sorted = by_label(list, arena);
-  return pair_loss(c, pair_task(c, PairTerm::kOne, list, sorted), list, sorted, sorted.pairs, arena, grad);
+  PairTask task = pair_task(c, PairTerm::kOne, list, sorted);
+  by_product(c, list, sorted, arena, task);
+  return pair_loss(c, task, list, sorted, sorted.pairs, arena, grad);
 }
 
 Result weighted_ranknet(const Context& c, const List& list, Arena& arena, double* grad) {
@@ -235,10 +269,10 @@ Result ndcg_weighted(const Context& c, const List& list, Arena& arena, double* g
   const bool first_loss = c.args.kind == ListwiseKind::kNdcgLoss1, either = settings.option != 0.0;
   ByLabel sorted = by_label(list, arena);
   if (first_loss) sorted.first = all_pairs(list.n, arena);
-  const PairTerm term = first_loss                                     ? PairTerm::kBothWays
-                        : c.args.kind == ListwiseKind::kLambdaRank     ? PairTerm::kAbsolute
-                        : c.args.kind == ListwiseKind::kNdcgLoss2      ? PairTerm::kRelative
-                                                                       : PairTerm::kCombined;
+  const PairTerm term = first_loss                                 ? PairTerm::kBothWays
+                        : c.args.kind == ListwiseKind::kLambdaRank ? PairTerm::kAbsolute
+                        : c.args.kind == ListwiseKind::kNdcgLoss2  ? PairTerm::kRelative
+                                                                   : PairTerm::kCombined;
   const int64_t n = list.n, k = cutoff(c, n);
   const double* const gains = gains_of(sorted.labels, n, arena);
   const double ideal = ideal_dcg(gains, k);
@@ -395,7 +429,11 @@ struct Split {
 };
 
 Split split(const List& list, Arena& arena) {
-  Split s{0, 0, take_floats(arena, list.n), take_floats(arena, list.n), arena.take<int32_t>(list.n),
+  Split s{0,
+          0,
+          take_floats(arena, list.n),
+          take_floats(arena, list.n),
+          arena.take<int32_t>(list.n),
           arena.take<int32_t>(list.n)};
   for (int64_t i = 0; i < list.n; ++i) {
     const bool positive = list.labels[i] > 0.0f;
@@ -494,22 +532,22 @@ class PlackettLuce {
     Scaled* const carries = arena.take<Scaled>(parts + 1);
     double* const losses = arena.take<double>(parts);
     // What lies behind each part: its own sum first, then added up from the end.
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t p = 1; p < parts; ++p) {
+    parallel_for(threads, parts, [&](int64_t p) {
+      if (p == 0) return;  // nothing asks what lies behind the start
       const int64_t begin = p * kScanPart, length = std::min(n_, begin + kScanPart) - begin;
       const float maximum = *std::max_element(s_ + begin, s_ + begin + length);
       carries[p] = {maximum, c_.kernels.exponentials(s_ + begin, length, maximum, 1.0f, e_ + begin)};
-    }
+    });
     carries[parts] = {-std::numeric_limits<float>::infinity(), 0.0};
     for (int64_t p = parts - 1; p > 0; --p) carries[p] = join(carries[p], carries[p + 1]);
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t p = 0; p < parts; ++p)
+    parallel_for(threads, parts, [&](int64_t p) {
       losses[p] = remaining(p * kScanPart, std::min(n_, (p + 1) * kScanPart), carries[p + 1], weight);
+    });
     // sum_{k <= m} w_k / S_k, part by part from the front, relative to the shift of the part's first item.
     Scaled* const before = arena.take<Scaled>(parts);
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t p = 0; p < parts - 1; ++p)
+    parallel_for(threads, parts - 1, [&](int64_t p) {
       before[p] = inverse_sums(p * kScanPart, (p + 1) * kScanPart, {0.0f, 0.0}, weight, 0.0, nullptr, nullptr);
+    });
     before[parts - 1] = {0.0f, 0.0};
     Scaled total{0.0f, 0.0};
     for (int64_t p = 0; p < parts; ++p) {
@@ -517,9 +555,9 @@ class PlackettLuce {
       before[p] = total;
       if (p + 1 < parts) total = {own.shift, own.sum + rescaled(total, own.shift)};
     }
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t p = 0; p < parts; ++p)
+    parallel_for(threads, parts, [&](int64_t p) {
       inverse_sums(p * kScanPart, std::min(n_, (p + 1) * kScanPart), before[p], weight, factor, order, grad);
+    });
     double loss = 0.0;
     for (int64_t p = 0; p < parts; ++p) loss += losses[p];
     return loss;
@@ -648,8 +686,7 @@ Result p_listmle(const Context& c, const List& list, Arena& arena, double* grad)
   const bool normalized = c.settings.option != 0.0;
   const auto weight = [=](int64_t place) {
     const int rank = static_cast<int>(std::min<int64_t>(place + 1, 2000));  // 2^-2000 is 0
-    return normalized ? (std::ldexp(1.0, -rank) - unit) / sum
-                      : std::exp2(static_cast<double>(n - 1 - place)) - 1.0;
+    return normalized ? (std::ldexp(1.0, -rank) - unit) / sum : std::exp2(static_cast<double>(n - 1 - place)) - 1.0;
   };
   return {model.run(weight, 1.0, order, arena, grad), 1};
 }
@@ -744,10 +781,10 @@ Result approx_mrr(const Context& c, const List& list, Arena& arena, double* grad
   const PairTask task = smooth_task(c, list, arena);
   double *const ranks = arena.take<double>(n), *const slopes = arena.take<double>(n);
   run_pairs(c, task, list.num_threads, arena, ranks);
-  if (!average) {  // only the best ranked positive counts
+  if (!average) {  // only the best positive counts, the one with the highest score: smooth ranks fall as scores rise
     int64_t best = -1;
     for (int64_t i = 0; i < n; ++i)
-      if (weights[i] != 0.0 && (best < 0 || ranks[i] < ranks[best])) best = i;
+      if (weights[i] != 0.0 && (best < 0 || list.scores[i] > list.scores[best])) best = i;
     std::fill_n(weights, n, 0.0);
     weights[best] = total = 1.0;
   }
@@ -761,8 +798,8 @@ Result approx_mrr(const Context& c, const List& list, Arena& arena, double* grad
   return {loss, 1};
 }
 
-// NeuralSort's matrix, Sinkhorn-scaled: P_t = diag(u_t) K diag(v_t). Columns, then rows, are divided by their sums, but by
-// no less than kLeast, until both are 1 within the tolerance. The gradient goes back through the scalings kept, K is
+// NeuralSort's matrix, Sinkhorn-scaled: P_t = diag(u_t) K diag(v_t). Columns, then rows, are divided by their sums, but
+// by no less than kLeast, until both are 1 within the tolerance. The gradient goes back through the scalings kept, K is
 // computed again each time: O(n) floats an iteration.
 Result neural_ndcg(const Context& c, const List& list, Arena& arena, double* grad) {
   const int64_t n = list.n, k = cutoff(c, n), limit = static_cast<int64_t>(c.settings.count);
@@ -828,8 +865,7 @@ Result neural_ndcg(const Context& c, const List& list, Arena& arena, double* gra
     float* const discounted = take_floats(arena, n);
     for (int64_t i = 0; i < n; ++i) discounted[i] = factor[i] * u[last][i];
     c.kernels.sinkhorn_columns(matrix, discounted, mass);
-    for (int64_t j = 0; j < n; ++j)
-      loss += static_cast<double>(h[j]) * mass[j] * static_cast<double>(v[last][j]);
+    for (int64_t j = 0; j < n; ++j) loss += static_cast<double>(h[j]) * mass[j] * static_cast<double>(v[last][j]);
   }
   for (size_t level = last + 1; level-- > 0;) {
     const bool direct = level == last;
@@ -843,8 +879,8 @@ Result neural_ndcg(const Context& c, const List& list, Arena& arena, double* gra
       std::fill_n(factor, n, 1.0f);
     }
     for (int64_t i = 0; i < n; ++i) open[i] = level > 0 && u[level][i] == u[level - 1][i] / least ? 0.0f : 1.0f;
-    c.kernels.sinkhorn_back(
-        matrix, {factor, h, v[above], u[level], v[level], open, direct, carry, gradient, plain, weighted});
+    c.kernels.sinkhorn_back(matrix,
+                            {factor, h, v[above], u[level], v[level], open, direct, carry, gradient, plain, weighted});
   }
   // z_ij = ((n + 1 - 2 i) s_j - A_j) / T, A_j = sum_k |s_j - s_k|
   float* const spread_slope = take_floats(arena, n);
@@ -864,44 +900,62 @@ Result soft_topk(const Context& c, const List& list, Arena& arena, double* grad)
   int64_t positives = 0;
   for (int64_t i = 0; i < n; ++i) positives += is_positive(i);
   if (static_cast<double>(n) <= k || positives == 0) return {};
-  // sum z - k, as the z of the items below the best k minus the 1 - z of those: the ones of the sum cancel beforehand, so
-  // that a wide gap between the two groups, where z is all but 0 or 1, still has its middle found.
+  // sum z - k, as the z of the items below the best k minus the 1 - z of those: the ones of the sum cancel beforehand,
+  // so that a wide gap between the two groups, where z is all but 0 or 1, still has its middle found.
   const int32_t* const order = order_of(list.scores, list, arena);
-  const float* const falling = gather(list.scores, order, n, arena);
+  float* const falling = gather(list.scores, order, n, arena);
   const int64_t best = static_cast<int64_t>(k);
-  const auto excess = [&](double t) {
-    const float s = static_cast<float>(sigma), shift = static_cast<float>(t);
-    return c.kernels.sigmoid_sum(falling + best, n - best, s, shift) - c.kernels.sigmoid_sum(falling, best, -s, shift);
-  };
-  double low = -static_cast<double>(falling[0]) - 10.0 / sigma, high = -static_cast<double>(falling[n - 1]) + 10.0 / sigma;
-  for (int step = 0; step < 48; ++step) {
-    const double middle = (low + high) / 2;
-    (excess(middle) >= 0.0 ? high : low) = middle;
-  }
-  const double shift = (low + high) / 2;
-  double slopes = 0.0, mass = 0.0, loss = 0.0;
-  double* const v = arena.take<double>(n);
-  float *const x = take_floats(arena, n), *const log_z = take_floats(arena, n), *const rest = take_floats(arena, n);
-  for (int64_t i = 0; i < n; ++i) x[i] = static_cast<float>(sigma * (static_cast<double>(list.scores[i]) + shift));
-  c.kernels.logistic(x, n, log_z, rest);  // softplus(-x) = -log z and sigmoid(-x) = 1 - z
-  for (int64_t i = 0; i < n; ++i) {
-    const double z = std::exp(-static_cast<double>(log_z[i])), one_minus = static_cast<double>(rest[i]);
-    v[i] = sigma * z * one_minus;
-    mass += v[i];
-    if (is_positive(i)) {
-      loss += static_cast<double>(log_z[i]) / static_cast<double>(positives);
-      grad[i] = -sigma * one_minus / static_cast<double>(positives);
-      slopes += grad[i];
+  // Measured from the middle between the best k and the rest, where t and the scores that matter are small and exact.
+  const double origin = (static_cast<double>(falling[best - 1]) + static_cast<double>(falling[best])) / 2;
+  const double gap = static_cast<double>(falling[best - 1]) - static_cast<double>(falling[best]);
+  for (int64_t i = 0; i < n; ++i) falling[i] = static_cast<float>(static_cast<double>(falling[i]) - origin);
+  const float slope = static_cast<float>(sigma);
+  double t;
+  if (constexpr double kWideGap = 60.0; sigma * gap > kWideGap) {
+    // z and 1 - z are exponentials to within e^-30 here: sum exp(sigma (s + t)) of the rest = sum exp(-sigma (s + t)).
+    float* const parts = take_floats(arena, n);
+    const double above = c.kernels.exponentials(falling, best, falling[best - 1], -slope, parts);
+    const double below = c.kernels.exponentials(falling + best, n - best, falling[best], slope, parts);
+    t = std::log(above / below) / (2.0 * sigma);
+  } else {
+    // sum z - k, as the z of the rest minus the 1 - z of the best: what would cancel is not added in the first place.
+    const auto excess = [&](double shift) {
+      const float f = static_cast<float>(shift);
+      return c.kernels.sigmoid_sum(falling + best, n - best, slope, f) -
+             c.kernels.sigmoid_sum(falling, best, -slope, f);
+    };
+    const double margin = (10.0 + std::log(static_cast<double>(n))) / sigma;
+    double low = -static_cast<double>(falling[0]) - margin, high = -static_cast<double>(falling[n - 1]) + margin;
+    for (int step = 0; step < 64; ++step) {
+      const double middle = (low + high) / 2;
+      (excess(middle) >= 0.0 ? high : low) = middle;
     }
+    t = (low + high) / 2;
   }
-  if (mass > 0.0)
-    for (int64_t i = 0; i < n; ++i) grad[i] -= v[i] * slopes / mass;
+  // d loss / d s = g - v sum(g) / sum(v), g of the positives alone and v = z (1 - z), in units of its largest.
+  double* const u = arena.take<double>(n);
+  double nearest = std::numeric_limits<double>::infinity(), slopes = 0.0, mass = 0.0, loss = 0.0;
+  for (int64_t i = 0; i < n; ++i) {
+    u[i] = sigma * ((static_cast<double>(list.scores[i]) - origin) + t);
+    nearest = std::min(nearest, std::fabs(u[i]));
+  }
+  double* const v = arena.take<double>(n);
+  for (int64_t i = 0; i < n; ++i) {
+    const double size = std::fabs(u[i]), e = std::exp(-size);
+    v[i] = std::exp(nearest - size) / ((1.0 + e) * (1.0 + e));
+    mass += v[i];
+    if (!is_positive(i)) continue;
+    loss += softplus(-u[i]) / static_cast<double>(positives);
+    grad[i] = -sigma * sigmoid(-u[i]) / static_cast<double>(positives);
+    slopes += grad[i];
+  }
+  for (int64_t i = 0; i < n; ++i) grad[i] -= v[i] * slopes / mass;
   return {loss, 1};
 }
 
-// A relaxed odd-even sorting network of n layers over the hardest negatives and the positives, both rising; loss = -mean
-// over the wires of the log of the mass that arrives among its own kind. Mass is followed backward, so one vector replaces
-// the permutation matrix: `among[r]` starts as 1 on the ranks of the positives.
+// A relaxed odd-even sorting network of n layers over the hardest negatives and the positives, both rising; loss =
+// -mean over the wires of the log of the mass that arrives among its own kind. Mass is followed backward, so one vector
+// replaces the permutation matrix: `among[r]` starts as 1 on the ranks of the positives.
 Result groco(const Context& c, const List& list, Arena& arena, double* grad) {
   const Split s = split(list, arena);
   if (s.num_positives == 0 || s.num_others == 0) return {};
@@ -1076,7 +1130,7 @@ Result run_list(const Context& c, ListFunction function, int64_t l, int num_thre
     items = valid;
   }
   if (n < 2) return {};
-  float *const scores = take_floats(arena, n), *const labels = take_floats(arena, n);
+  float *const scores = take_floats(arena, n, kInertScore), *const labels = take_floats(arena, n);
   if (args.dtype == DType::kFloat32)
     widen<float>(args, begin, n, items, scores);
   else if (args.dtype == DType::kBFloat16)
@@ -1125,16 +1179,20 @@ Status listwise_loss(const ListwiseArgs& args, int isa) {
   std::vector<Result> results(static_cast<size_t>(args.num_lists));
   const int shared = work < kSerialWork ? 1 : threads;
   std::vector<Arena> arenas(static_cast<size_t>(shared));
-#pragma omp parallel for num_threads(shared) schedule(dynamic, 4) if (shared > 1)
-  for (int64_t l = 0; l < args.num_lists; ++l)
-    if (!alone(l))
-      results[static_cast<size_t>(l)] =
-          run_list(context, function, l, 1, arenas[static_cast<size_t>(omp_get_thread_num())]);
+  // A few lists at a time, so that threads do not meet on every short one.
+  constexpr int64_t kTogether = 4;
+  parallel_for(shared, (args.num_lists + kTogether - 1) / kTogether, [&](int64_t group) {
+    for (int64_t l = group * kTogether; l < std::min(args.num_lists, (group + 1) * kTogether); ++l)
+      if (!alone(l))
+        results[static_cast<size_t>(l)] =
+            run_list(context, function, l, 1, arenas[static_cast<size_t>(omp_get_thread_num())]);
+  });
   for (int64_t l = 0; l < args.num_lists; ++l)
     if (alone(l)) results[static_cast<size_t>(l)] = run_list(context, function, l, threads, arenas[0]);
 
   if (args.reduction == ListwiseReduction::kNone) {
-    for (int64_t l = 0; l < args.num_lists; ++l) args.loss[l] = static_cast<float>(results[static_cast<size_t>(l)].loss);
+    for (int64_t l = 0; l < args.num_lists; ++l)
+      args.loss[l] = static_cast<float>(results[static_cast<size_t>(l)].loss);
     return Status::kOk;
   }
   double loss = 0.0;

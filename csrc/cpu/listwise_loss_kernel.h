@@ -1,5 +1,12 @@
 // The inner loops of listwise_loss for one instruction set, on the vectors of simd/.
 
+struct Yes {
+  constexpr operator bool() const { return true; }
+};
+struct No {
+  constexpr operator bool() const { return false; }
+};
+
 constexpr int64_t kRowBlock = 64, kColumnTile = 64 * kWidth;
 
 // What one item brings to a pair.
@@ -120,42 +127,126 @@ struct PairFunction {
   }
 };
 
-// Rows [row, row + kRows_) against the columns [begin, end), columns of a row from first[] on. partial[j - tile] collects
-// what the columns get.
+// Whether a column whose score is -inf adds nothing to a row by itself, so that the padding needs no mask.
+template <PairTerm kTerm>
+constexpr bool padding_is_inert() {
+  return kTerm < PairTerm::kSoft || kTerm == PairTerm::kSmoothRank || kTerm == PairTerm::kSmoothGradient;
+}
+
+// One row and one vector of columns; with kMasked only the lanes [low, high) count.
+template <PairTerm kTerm, bool kMasked>
+inline void meet(const PairFunction<kTerm>& function, const PairItem& row, const PairItem& columns, int low, int high,
+                 Vec& total, Vec& received, Vec& loss) {
+  PairValues values = function(row, columns);
+  if constexpr (kMasked) {
+    values.loss = keep(values.loss, low, high, zero());
+    values.row = keep(values.row, low, high, zero());
+    values.column = keep(values.column, low, high, zero());
+  }
+  total = add(total, values.row);
+  received = add(received, values.column);
+  if constexpr (has_loss<kTerm>()) loss = add(loss, values.loss);
+}
+
+// Rows [row, row + kGroup) against the columns of one tile: sums of the rows in registers, those of the columns in
+// `partial`.
 template <PairTerm kTerm, int kGroup>
-inline double pair_group(const PairTask& t, const PairFunction<kTerm>& function, int64_t row, int64_t begin, int64_t end,
-                         int64_t tile, float* partial, double* sums) {
+inline double pair_group(const PairTask& t, const PairFunction<kTerm>& function, int64_t row, int64_t tile, int64_t end,
+                         float* partial, double* sums) {
   PairItem items[kGroup];
   Vec totals[kGroup], loss = zero();
+#pragma GCC unroll 4
   for (int r = 0; r < kGroup; ++r) {
     items[r] = row_item<kTerm>(t, row + r);
     totals[r] = zero();
   }
-  const int64_t ragged = t.first[row + kGroup - 1];  // from here on every row has every column
-  for (int64_t j = larger(begin, static_cast<int64_t>(t.first[row])); j < end; j += kWidth) {
+  const auto masked = [&](int64_t j) {
     const PairItem columns = column_items<kTerm>(t, j);
     Vec received = load(partial + (j - tile));
-    const bool whole = j >= ragged && j + kWidth <= end;
+    const int high = static_cast<int>(smaller(end - j, int64_t{kWidth}));
+#pragma GCC unroll 4
     for (int r = 0; r < kGroup; ++r) {
-      PairValues values = function(items[r], columns);
-      if (!whole) {
-        const int low = static_cast<int>(smaller(larger(t.first[row + r] - j, int64_t{0}), int64_t{kWidth}));
-        const int high = static_cast<int>(smaller(end - j, int64_t{kWidth}));
-        values.loss = keep(values.loss, low, high, zero());
-        values.row = keep(values.row, low, high, zero());
-        values.column = keep(values.column, low, high, zero());
-      }
-      totals[r] = add(totals[r], values.row);
-      received = add(received, values.column);
-      if constexpr (has_loss<kTerm>()) loss = add(loss, values.loss);
+      const int low = static_cast<int>(smaller(larger(t.first[row + r] - j, int64_t{0}), int64_t{kWidth}));
+      meet<kTerm, true>(function, items[r], columns, low, high, totals[r], received, loss);
     }
     store(partial + (j - tile), received);
+  };
+  const int64_t ragged = smaller(static_cast<int64_t>(t.first[row + kGroup - 1]), end);  // every row meets what follows
+  const int64_t whole = padding_is_inert<kTerm>() ? end : end - kWidth + 1;
+  int64_t j = larger(tile, round_down(t.first[row], kWidth));
+  for (; j < ragged; j += kWidth) masked(j);
+  for (; j < whole; j += kWidth) {
+    const PairItem columns = column_items<kTerm>(t, j);
+    Vec received = load(partial + (j - tile));
+#pragma GCC unroll 4
+    for (int r = 0; r < kGroup; ++r)
+      meet<kTerm, false>(function, items[r], columns, 0, kWidth, totals[r], received, loss);
+    store(partial + (j - tile), received);
   }
+  for (; j < end; j += kWidth) masked(j);
+#pragma GCC unroll 4
+  for (int r = 0; r < kGroup; ++r) sums[row + r] += static_cast<double>(reduce_add(totals[r]));
+  return has_loss<kTerm>() ? static_cast<double>(reduce_add(loss)) : 0.0;
+}
+
+// The same for kOneByProduct, in a third of the instructions: e^-x is one product of a row's and a column's
+// exponential, and log(1 + e) is taken once for many pairs, of their product: with P = prod (1 + e_k) - 1, a further
+// pair makes it P (1 + e) + e, a sum of positive terms, so that even tiny losses keep their relative accuracy. Padding
+// has a = 0.
+template <int kGroup>
+inline double product_group(const PairTask& t, int64_t row, int64_t tile, int64_t end, float* partial, double* sums) {
+  Vec items[kGroup], totals[kGroup], products[kGroup], loss = zero();
+#pragma GCC unroll 4
+  for (int r = 0; r < kGroup; ++r) {
+    items[r] = set1(t.b[row + r]);
+    totals[r] = zero();
+    products[r] = zero();
+  }
+  const auto column = [&](auto masked, int64_t j) {
+    const Vec a = load(t.a + j);
+    Vec received = load(partial + (j - tile));
+#pragma GCC unroll 4
+    for (int r = 0; r < kGroup; ++r) {
+      Vec e = mul(items[r], a);
+      if constexpr (masked)
+        e = keep(e, static_cast<int>(smaller(larger(t.first[row + r] - j, int64_t{0}), int64_t{kWidth})), kWidth,
+                 zero());
+      const Vec one = add(set1(1.0f), e), slope = div(e, one);
+      products[r] = fmadd(products[r], one, e);
+      totals[r] = sub(totals[r], slope);
+      received = add(received, slope);
+    }
+    store(partial + (j - tile), received);
+  };
+  const int64_t ragged = smaller(static_cast<int64_t>(t.first[row + kGroup - 1]), end);
+  for (int64_t j = larger(tile, round_down(t.first[row], kWidth)); j < end;) {
+    const int64_t stop = smaller(end, j + t.terms_per_log * kWidth);
+    for (; j < smaller(ragged, stop); j += kWidth) column(Yes{}, j);
+    for (; j < stop; j += kWidth) column(No{}, j);
+    Vec all = zero();
+#pragma GCC unroll 4
+    for (int r = 0; r < kGroup; ++r) {
+      all = fmadd(all, products[r], add(all, products[r]));
+      products[r] = zero();
+    }
+    loss = add(loss, log1p(all));
+  }
+#pragma GCC unroll 4
   for (int r = 0; r < kGroup; ++r) sums[row + r] += static_cast<double>(reduce_add(totals[r]));
   return static_cast<double>(reduce_add(loss));
 }
 
-// Blocks of rows against tiles of columns: no float sum has more than 64 terms, longer ones are in double.
+template <PairTerm kTerm, int kGroup>
+inline double any_group(const PairTask& t, const PairFunction<kTerm>& function, int64_t row, int64_t tile, int64_t end,
+                        float* partial, double* sums) {
+  if constexpr (kTerm == PairTerm::kOneByProduct)
+    return product_group<kGroup>(t, row, tile, end, partial, sums);
+  else
+    return pair_group<kTerm, kGroup>(t, function, row, tile, end, partial, sums);
+}
+
+// Blocks of rows against tiles of columns: float sums stay short, longer ones are in double. Vectors start at multiples
+// of their width for all rows, so that `partial` is loaded as it was stored.
 template <PairTerm kTerm>
 double pair_rows(const PairTask& t, int64_t begin, int64_t end, double* sums) {
   const PairFunction<kTerm> function(t);
@@ -164,14 +255,14 @@ double pair_rows(const PairTask& t, int64_t begin, int64_t end, double* sums) {
   alignas(64) float partial[kColumnTile + kPadding];
   for (int64_t block = begin; block < end; block += kRowBlock) {
     const int64_t block_end = smaller(block + kRowBlock, end);
-    for (int64_t tile = t.first[block]; tile < t.num_items; tile += kColumnTile) {
+    for (int64_t tile = round_down(t.first[block], kWidth); tile < t.num_items; tile += kColumnTile) {
       const int64_t tile_end = smaller(tile + kColumnTile, t.num_items);
-      for (int64_t j = 0; j < tile_end - tile + kWidth; ++j) partial[j] = 0.0f;
+      for (int64_t j = 0; j < tile_end - tile; j += kWidth) store(partial + j, zero());
       int64_t row = block;
       for (; row + kGroup <= block_end && t.first[row] < tile_end; row += kGroup)
-        loss += pair_group<kTerm, kGroup>(t, function, row, tile, tile_end, tile, partial, sums);
+        loss += any_group<kTerm, kGroup>(t, function, row, tile, tile_end, partial, sums);
       for (; row < block_end && t.first[row] < tile_end; ++row)
-        loss += pair_group<kTerm, 1>(t, function, row, tile, tile_end, tile, partial, sums);
+        loss += any_group<kTerm, 1>(t, function, row, tile, tile_end, partial, sums);
       for (int64_t j = tile; j < tile_end; ++j) sums[j] += static_cast<double>(partial[j - tile]);
     }
   }
@@ -182,6 +273,8 @@ double pairs(const PairTask& t, int64_t begin, int64_t end, double* sums) {
   switch (t.term) {
     case PairTerm::kOne:
       return pair_rows<PairTerm::kOne>(t, begin, end, sums);
+    case PairTerm::kOneByProduct:
+      return pair_rows<PairTerm::kOneByProduct>(t, begin, end, sums);
     case PairTerm::kInverseRanks:
       return pair_rows<PairTerm::kInverseRanks>(t, begin, end, sums);
     case PairTerm::kAbsolute:

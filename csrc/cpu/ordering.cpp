@@ -1,5 +1,5 @@
-// Radix sort on the bits of the floats: least significant digit first, digits that all values share are skipped. Labels
-// are mostly small integers, whose sort is one pass or two.
+// Radix sort on the bits of the floats that vary, least significant digit first: labels are mostly small integers,
+// which differ in few bits.
 
 #include "ordering.h"
 
@@ -9,8 +9,8 @@
 namespace rankernel {
 namespace {
 
-constexpr int kDigitBits = 8, kDigits = 1 << kDigitBits, kPasses = 32 / kDigitBits;
-constexpr int64_t kShort = 40;              // insertion sort is faster below
+constexpr int kMaxDigitBits = 8, kMaxDigits = 1 << kMaxDigitBits;
+constexpr int64_t kShort = 32;               // insertion sort is faster below
 constexpr int64_t kPart = int64_t{1} << 16;  // of long lists, per task
 
 struct Keyed {
@@ -44,51 +44,46 @@ void order_descending(const float* values, int64_t n, int num_threads, Arena& ar
   const int64_t parts = (n + kPart - 1) / kPart;
   const int threads = static_cast<int>(std::min<int64_t>(std::max(num_threads, 1), parts));
   Keyed *from = arena.take<Keyed>(n), *to = arena.take<Keyed>(n);
-  int64_t* const counts = arena.take<int64_t>(parts * kPasses * kDigits);
-  std::fill_n(counts, parts * kPasses * kDigits, int64_t{0});
-  const auto counts_of = [&](int64_t part, int pass) { return counts + (part * kPasses + pass) * kDigits; };
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int64_t part = 0; part < parts; ++part) {
-    for (int64_t i = part * kPart; i < std::min(n, (part + 1) * kPart); ++i) {
+  uint32_t* const differences = arena.take<uint32_t>(parts);
+  const auto part_end = [&](int64_t part) { return std::min(n, (part + 1) * kPart); };
+  const uint32_t some_key = key_of(values[0]);
+  parallel_for(threads, parts, [&](int64_t part) {
+    uint32_t difference = 0;
+    for (int64_t i = part * kPart; i < part_end(part); ++i) {
       from[i] = {key_of(values[i]), static_cast<int32_t>(i)};
-      for (int pass = 0; pass < kPasses; ++pass)
-        ++counts_of(part, pass)[(from[i].key >> (pass * kDigitBits)) & (kDigits - 1)];
+      difference |= from[i].key ^ some_key;
     }
-  }
-  bool moved = false;
-  for (int pass = 0; pass < kPasses; ++pass) {
-    const int shift = pass * kDigitBits;
-    int64_t totals[kDigits] = {}, used = 0;
-    for (int64_t part = 0; part < parts; ++part)
-      for (int digit = 0; digit < kDigits; ++digit) totals[digit] += counts_of(part, pass)[digit];
-    for (const int64_t total : totals) used += total != 0;
-    if (used <= 1) continue;
-    // Parts hold other values after a pass has moved them.
-    if (moved && parts > 1) {
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-      for (int64_t part = 0; part < parts; ++part) {
-        int64_t* const count = counts_of(part, pass);
-        std::fill_n(count, kDigits, int64_t{0});
-        for (int64_t i = part * kPart; i < std::min(n, (part + 1) * kPart); ++i)
-          ++count[(from[i].key >> shift) & (kDigits - 1)];
-      }
+    differences[part] = difference;
+  });
+  uint32_t varying = 0;
+  for (int64_t part = 0; part < parts; ++part) varying |= differences[part];
+  if (varying != 0) {
+    // Digits of equal width over the bits between the first and the last that vary.
+    const int lowest = __builtin_ctz(varying), bits = 32 - __builtin_clz(varying) - lowest;
+    const int passes = (bits + kMaxDigitBits - 1) / kMaxDigitBits, width = (bits + passes - 1) / passes;
+    const int digits = 1 << width;
+    int64_t* const counts = arena.take<int64_t>(parts * kMaxDigits);
+    for (int pass = 0; pass < passes; ++pass) {
+      const int shift = lowest + pass * width;
+      const auto digit_of = [=](uint32_t key) { return (key >> shift) & static_cast<uint32_t>(digits - 1); };
+      parallel_for(threads, parts, [&](int64_t part) {
+        int64_t* const count = counts + part * digits;
+        std::fill_n(count, digits, int64_t{0});
+        for (int64_t i = part * kPart; i < part_end(part); ++i) ++count[digit_of(from[i].key)];
+      });
+      int64_t position = 0;
+      for (int digit = 0; digit < digits; ++digit)
+        for (int64_t part = 0; part < parts; ++part) {
+          const int64_t begin = position;
+          position += counts[part * digits + digit];
+          counts[part * digits + digit] = begin;
+        }
+      parallel_for(threads, parts, [&](int64_t part) {
+        int64_t* const next = counts + part * digits;
+        for (int64_t i = part * kPart; i < part_end(part); ++i) to[next[digit_of(from[i].key)]++] = from[i];
+      });
+      std::swap(from, to);
     }
-    int64_t position = 0;
-    for (int digit = 0; digit < kDigits; ++digit)
-      for (int64_t part = 0; part < parts; ++part) {
-        int64_t& count = counts_of(part, pass)[digit];
-        const int64_t begin = position;
-        position += count;
-        count = begin;
-      }
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t part = 0; part < parts; ++part) {
-      int64_t* const next = counts_of(part, pass);
-      for (int64_t i = part * kPart; i < std::min(n, (part + 1) * kPart); ++i)
-        to[next[(from[i].key >> shift) & (kDigits - 1)]++] = from[i];
-    }
-    std::swap(from, to);
-    moved = true;
   }
   for (int64_t i = 0; i < n; ++i) order[i] = from[i].index;
 }

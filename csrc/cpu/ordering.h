@@ -1,4 +1,5 @@
-// Stable order of floats from the highest down, and a bump allocator for the work arrays of a list. Compiled at baseline.
+// Stable order of floats from the highest down, and a bump allocator for the work arrays of a list. Compiled at
+// baseline.
 #pragma once
 
 #include <cstddef>
@@ -41,8 +42,20 @@ class Arena {
   size_t block_ = 0, used_ = 0;
 };
 
-// order[r] = index of the value of rank r, the lower index first among equal values (-0 equals 0). NaN have a place too.
-// The result does not depend on the number of threads.
+// f(i) for 0 <= i < count. Without a second thread there is no OpenMP region: even one of a single thread costs
+// microseconds, several times what a short list does.
+template <class Function>
+void parallel_for(int num_threads, int64_t count, Function f) {
+  if (num_threads <= 1 || count <= 1) {
+    for (int64_t i = 0; i < count; ++i) f(i);
+    return;
+  }
+#pragma omp parallel for num_threads(num_threads) schedule(dynamic, 1)
+  for (int64_t i = 0; i < count; ++i) f(i);
+}
+
+// order[r] = index of the value of rank r, the lower index first among equal values (-0 equals 0). NaN have a place
+// too. The result does not depend on the number of threads.
 void order_descending(const float* values, int64_t n, int num_threads, Arena& arena, int32_t* order);
 
 }  // namespace rankernel

@@ -60,3 +60,30 @@ def token_attention_mass(
     num_threads: int,
     /,
 ) -> int: ...
+def listwise_loss(
+    isa: int,
+    dtype: int,
+    inputs: tuple[int, int, int, int],  # addresses of scores, labels, where (0: none), offsets
+    sizes: tuple[int, int],  # items, lists
+    kind_and_reduction: tuple[int, int],
+    settings: list[float],
+    seed: int,
+    outputs: tuple[int, int],  # addresses of loss, grad
+    num_threads: int,
+    /,
+) -> int: ...
+def relevance_feedback(
+    isa: int,
+    dtype: int,
+    queries: int,
+    documents: Tensor,  # with the strides of queries and documents
+    teacher: int,
+    where: int,  # 0: none
+    sizes: tuple[int, int, int],  # queries, documents, dimensions
+    loss: int,
+    learning_rate: float,
+    num_steps: int,
+    scale: float,  # 0: from the ranges
+    num_threads: int,
+    /,
+) -> None: ...

@@ -1,6 +1,7 @@
 """rankernel: compiled kernels that make LLM rerankers fast.
 
-Ops: :func:`block_attention`, :func:`document_logsumexp`, :func:`token_attention_mass` over a :class:`BlockLayout`.
+Ops: :func:`block_attention`, :func:`document_logsumexp`, :func:`token_attention_mass` over a :class:`BlockLayout`;
+:func:`listwise_loss` over lists of scores; :func:`relevance_feedback` on query vectors.
 Models: :func:`attach` to a Hugging Face model. Rerankers: :mod:`rankernel.rerankers`.
 """
 
@@ -9,7 +10,7 @@ import torch  # noqa: F401  before _C, so that both share torch's OpenMP runtime
 from rankernel import backends
 from rankernel.layout import BlockLayout
 from rankernel.models import ScoreRequest, attach, attached, detach, early_exit, model_inputs
-from rankernel.ops import block_attention, document_logsumexp, token_attention_mass
+from rankernel.ops import block_attention, document_logsumexp, listwise_loss, relevance_feedback, token_attention_mass
 
 __version__ = "0.1.0"
 
@@ -23,6 +24,8 @@ __all__ = [
     "detach",
     "document_logsumexp",
     "early_exit",
+    "listwise_loss",
     "model_inputs",
+    "relevance_feedback",
     "token_attention_mass",
 ]

@@ -1,13 +1,14 @@
 """Which implementations exist for every op, which one runs, and how to force one.
 
-``RANKERNEL_BACKEND`` (``reference`` or ``cpu``) and ``RANKERNEL_ISA`` (``scalar``, ``avx2``, ``avx512``,
-``avx512bf16``, ``amx``) do from outside what ``with use(backend=..., isa=...)`` does from inside. A choice that cannot
-run here raises; nothing falls back silently.
+``RANKERNEL_BACKEND`` (``reference``, ``cpu``, ``triton`` or ``cuda``) and ``RANKERNEL_ISA`` (``scalar``, ``avx2``,
+``avx512``, ``avx512bf16``, ``amx``) do from outside what ``with use(backend=..., isa=...)`` does from inside. A choice
+that cannot run here raises; nothing falls back silently.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
@@ -18,8 +19,10 @@ import torch
 
 from rankernel import _C
 
-OPS = ("block_attention", "document_scores")
-BACKENDS = ("reference", "cpu")
+OPS = ("block_attention", "document_scores", "listwise_loss", "relevance_feedback")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+GPU_OPS = ("listwise_loss",)
+"""Ops that have Triton and CUDA C++ kernels."""
 ISAS: tuple[str, ...] = tuple(_C.isas())
 """Instruction sets this build has kernels for, slowest first."""
 
@@ -81,7 +84,8 @@ def use(backend: str | None = None, isa: str | None = None) -> Iterator[None]:
     """Forces a backend, or caps the CPU kernels at an instruction set, for the calls inside.
 
     Args:
-        backend: ``"reference"`` or ``"cpu"``; a forced ``"cpu"`` raises where no kernel covers the inputs.
+        backend: of :data:`BACKENDS`; one that is forced raises where it has no kernel for the inputs, other than
+            ``"reference"``. CUDA tensors go to ``"triton"`` unless ``"cuda"`` is forced.
         isa: the highest instruction set to use; a dtype that has no kernel of that level uses the next lower one.
 
     Raises:
@@ -108,6 +112,9 @@ def table() -> list[Implementation]:
         for isa, dtypes in _C.kernels(op):
             why_not = f"this processor or system lacks {_MISSING[isa]}" if _MISSING[isa] else ""
             rows.append(Implementation(op, isa, ", ".join(dtypes), not why_not, why_not))
+        for name in ("triton", "cuda") if op in GPU_OPS else ():
+            why_not = why_no_module(name) or ("" if torch.cuda.is_available() else "PyTorch sees no CUDA device")
+            rows.append(Implementation(op, name, "float32, bfloat16, float16", not why_not, why_not))
     return rows
 
 
@@ -126,19 +133,36 @@ def isa_level() -> int:
 _warned: set[str] = set()
 
 
-def native_refused(op: str, why_not: str | None) -> bool:
+def gpu_implementation() -> str:
+    """What runs on CUDA tensors: ``"cuda"``, the C++ extension, where it is forced, else ``"triton"``."""
+    return "cuda" if _choice.get().backend == "cuda" else "triton"
+
+
+def why_no_module(implementation: str) -> str | None:
+    """Why the Triton or CUDA kernels cannot be imported, or None. Does not import them."""
+    if implementation == "triton" and importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if implementation == "cuda" and importlib.util.find_spec("rankernel._C_cuda") is None:
+        return "built without RANKERNEL_CUDA=ON"
+    return None
+
+
+def native_refused(op: str, why_not: str | None, implementation: str = "cpu") -> bool:
     """Whether the call goes to the reference: forced, or because no kernel covers it (warned of once per reason).
 
     Args:
         op: name of the op.
         why_not: why no native kernel covers these inputs, or None where one does.
+        implementation: of :data:`BACKENDS`, the one that would run.
 
     Raises:
-        NotImplementedError: the native kernels are forced and do not cover these inputs.
+        NotImplementedError: another implementation is forced, or this one is and does not cover these inputs.
     """
     backend = _choice.get().backend
     if backend == "reference":
         return True
+    if backend not in (None, implementation):
+        why_not = why_not or f"these inputs are for {implementation!r}"
     if why_not is None:
         return False
     if backend is not None:

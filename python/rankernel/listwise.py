@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NamedTuple
 
+import torch
+
 __all__ = ["CONVENTIONS", "KINDS", "REDUCTIONS", "Kind", "Settings", "settings_of"]
 
 REDUCTIONS = ("none", "sum", "mean", "pair_mean")
@@ -29,7 +31,7 @@ class Settings(NamedTuple):
         k: only the best k count; 0 for all.
         mu: weight of ndcg_loss2 in ndcg_loss2pp.
         margin: of skip_ranknet.
-        count: samples (pg_rank), negatives (groco), iterations (neural_ndcg).
+        number: of samples (pg_rank), negatives (groco), iterations (neural_ndcg).
         tolerance: of neural_ndcg.
         option: 1 where the kind's yes-no choice differs from its default.
         divisor: of a list's pair sum: 0 one, 1 its pairs, 2 its items.
@@ -41,7 +43,7 @@ class Settings(NamedTuple):
     k: float = 0.0
     mu: float = 10.0
     margin: float = 0.0
-    count: float = 0.0
+    number: float = 0.0
     tolerance: float = 0.0
     option: float = 0.0
     divisor: float = 0.0
@@ -102,9 +104,9 @@ _PARAMETERS: dict[str, tuple[str, Callable[[str, object], float]]] = {
     "k": ("k", _top),
     "mu": ("mu", _not_negative),
     "margin": ("margin", _not_negative),
-    "num_samples": ("count", functools.partial(_whole, least=2)),
-    "num_negatives": ("count", _whole),
-    "max_iterations": ("count", _whole),
+    "num_samples": ("number", functools.partial(_whole, least=2)),
+    "num_negatives": ("number", _whole),
+    "max_iterations": ("number", _whole),
     "tolerance": ("tolerance", _not_negative),
     "pair_reduction": ("divisor", _one_of(*_DIVISORS)),
     "ranks": ("option", _one_of("labels", "scores")),
@@ -143,15 +145,15 @@ class Kind:
 def _kinds() -> dict[str, Kind]:
     kinds: list[Kind] = []
 
-    def kind(name: str, source: str, conventions: dict[str, dict[str, object]] | None = None, /, *,
-             pairwise: bool = False, distillation: bool = False, seeded: bool = False, **defaults: object) -> None:  # fmt: skip
-        kinds.append(
-            Kind(name, len(kinds), MappingProxyType(defaults), source, conventions or {}, pairwise, distillation, seeded)
-        )
+    def kind(
+        name: str, source: str, conventions: Mapping[str, Mapping[str, object]] | None = None, /, **given: object
+    ) -> None:
+        traits = {trait: bool(given.pop(trait, False)) for trait in ("pairwise", "distillation", "seeded")}
+        kinds.append(Kind(name, len(kinds), MappingProxyType(given), source, conventions or {}, **traits))
 
-    pooled = {"reduction": "pair_mean"}
-    bits = {"log_base": 2.0, "reduction": "sum"}
-    nats = {"log_base": math.e, "reduction": "mean", "truncation": "either"}
+    pooled: dict[str, object] = {"reduction": "pair_mean"}
+    bits: dict[str, object] = {"log_base": 2.0, "reduction": "sum"}
+    nats: dict[str, object] = {"log_base": math.e, "reduction": "mean", "truncation": "either"}
     ndcg: dict[str, object] = {
         "sigma": 1.0, "k": None, "log_base": 2.0, "truncation": "both", "pair_reduction": "sum",
     }  # fmt: skip
@@ -180,7 +182,7 @@ def _kinds() -> dict[str, Kind]:
     kind("decoupled_softmax", "DEXML, arXiv 2310.10636", temperature=0.05)
     kind("kl_distillation", "Hinton et al. 2015; DeAR", distillation=True, temperature=2.0)
     kind("margin_mse", "Hofstaetter et al. 2020", distillation=True)
-    shuffled = {"ties": "shuffle"}
+    shuffled: dict[str, object] = {"ties": "shuffle"}
     kind("listmle", "Xia et al. 2008; Plackett-Luce",
          {"allrank": shuffled, "rax": {}, "tfr": shuffled}, seeded=True, k=None, ties="stable")  # fmt: skip
     kind("p_listmle", "Lan et al. 2014", {"tfr": {"normalize": False}}, normalize=True)
@@ -188,7 +190,8 @@ def _kinds() -> dict[str, Kind]:
     kind("approx_ndcg", "Qin et al. 2010; Bruch et al. 2019",
          {"allrank": {}, "rax": {}, "tfr": {"temperature": 0.1}}, temperature=1.0)  # fmt: skip
     kind("approx_mrr", "Qin et al. 2010",
-         {"rax": {}, "tfr": {"temperature": 0.1, "relevance": "average"}}, temperature=1.0, relevance="best")  # fmt: skip
+         {"rax": {}, "tfr": {"temperature": 0.1, "relevance": "average"}},
+         temperature=1.0, relevance="best")  # fmt: skip
     kind("neural_ndcg", "Pobrotyn and Bialobrzeski 2021", {"allrank": {}},
          temperature=1.0, k=None, max_iterations=50, tolerance=1e-6)  # fmt: skip
     kind("soft_topk", "DEXML, arXiv 2310.10636", k=5, steepness=2.0)
@@ -206,8 +209,10 @@ def kind_named(name: object) -> Kind:
     return KINDS[name]
 
 
-@functools.lru_cache(maxsize=512)
-def _settings(kind: Kind, reduction: str | None, convention: str | None, given: tuple[tuple[str, object, type], ...]) -> tuple[int, tuple[float, ...]]:  # fmt: skip
+_Given = tuple[tuple[str, object, type], ...]  # name, value, its type, because 1, 1.0 and True are one key of a cache
+
+
+def _resolve(kind: Kind, reduction: str | None, convention: str | None, given: _Given) -> tuple[int, tuple[float, ...]]:
     parameters = dict(kind.defaults)
     chosen = "mean"
     if convention is not None:
@@ -239,6 +244,17 @@ def _settings(kind: Kind, reduction: str | None, convention: str | None, given: 
     return REDUCTIONS.index(reduction), tuple(Settings(**fields))
 
 
+_resolve_once = functools.lru_cache(maxsize=512)(_resolve)
+
+
+def _resolve_for_graph(name: str, reduction: str | None, convention: str | None, given: _Given) -> object:
+    return _resolve(KINDS[name], reduction, convention, given)
+
+
+# What torch.compiler.assume_constant_result sets; calling that would import Dynamo, and Triton with it, for everyone.
+_resolve_for_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def settings_of(
     kind: Kind, reduction: str | None, convention: str | None, parameters: Mapping[str, object]
 ) -> tuple[int, tuple[float, ...]]:
@@ -253,9 +269,11 @@ def settings_of(
     Raises:
         ValueError: an unknown name, or a value out of range, naming the parameter.
     """
+    given = tuple((name, value, type(value)) for name, value in parameters.items())
+    if torch.compiler.is_compiling():
+        return _resolve_for_graph(kind.name, reduction, convention, given)
     try:
-        # With the types, because 1, 1.0 and True are one key.
-        return _settings(kind, reduction, convention, tuple((n, v, type(v)) for n, v in parameters.items()))
+        return _resolve_once(kind, reduction, convention, given)
     except TypeError:  # unhashable: no parameter takes such a value
         wrong = next(name for name, value in parameters.items() if value.__hash__ is None)
         raise ValueError(f"{wrong}: expected a number or a name, got {parameters[wrong]!r}") from None

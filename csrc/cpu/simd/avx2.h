@@ -84,6 +84,12 @@ inline Vec scale_by_power(Vec p, Vec n) {
   return _mm256_blendv_ps(scaled, n, _mm256_cmp_ps(n, n, _CMP_UNORD_Q));
 }
 
+// k with x = m 2^k and m in [0.75, 1.5), for positive normal x.
+inline Vec exponent(Vec x) {
+  const __m256i above = _mm256_sub_epi32(_mm256_castps_si256(x), _mm256_set1_epi32(0x3f400000));
+  return _mm256_cvtepi32_ps(_mm256_srai_epi32(above, 23));
+}
+
 // table[index], the index an integer in a float.
 inline Vec gather(const float* table, Vec index) { return _mm256_i32gather_ps(table, _mm256_cvtps_epi32(index), 4); }
 

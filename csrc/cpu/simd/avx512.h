@@ -75,6 +75,12 @@ inline Vec keep(Vec x, int begin, int end, Vec fill) {
 inline Vec round(Vec x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Vec scale_by_power(Vec p, Vec n) { return _mm512_scalef_ps(p, n); }
 
+// k with x = m 2^k and m in [0.75, 1.5), for positive normal x.
+inline Vec exponent(Vec x) {
+  const __m512i above = _mm512_sub_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x3f400000));
+  return _mm512_cvtepi32_ps(_mm512_srai_epi32(above, 23));
+}
+
 // table[index], the index an integer in a float.
 inline Vec gather(const float* table, Vec index) { return _mm512_i32gather_ps(_mm512_cvtps_epi32(index), table, 4); }
 

@@ -47,6 +47,9 @@ inline Vec scale_by_power(Vec p, Vec n) {
   return p * from_bits(static_cast<uint32_t>(static_cast<int>(n) + 127) << 23);
 }
 
+// k with x = m 2^k and m in [0.75, 1.5), for positive normal x.
+inline Vec exponent(Vec x) { return static_cast<float>(static_cast<int32_t>(to_bits(x) - 0x3f400000u) >> 23); }
+
 // table[index], the index an integer in a float.
 inline Vec gather(const float* table, Vec index) { return table[static_cast<int>(index)]; }
 

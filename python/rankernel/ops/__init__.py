@@ -2,5 +2,7 @@
 
 from rankernel.ops.block_attention import block_attention
 from rankernel.ops.document_scores import document_logsumexp, token_attention_mass
+from rankernel.ops.listwise_loss import listwise_loss
+from rankernel.ops.relevance_feedback import relevance_feedback
 
-__all__ = ["block_attention", "document_logsumexp", "token_attention_mass"]
+__all__ = ["block_attention", "document_logsumexp", "listwise_loss", "relevance_feedback", "token_attention_mass"]

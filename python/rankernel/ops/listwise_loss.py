@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -49,7 +52,7 @@ def listwise_loss(
         reduction: ``"mean"`` over lists that contribute, ``"sum"``, ``"none"`` (one loss a list), or ``"pair_mean"``
             (pair kinds: the sum over all lists divided by the number of all pairs). None: the convention's, else mean.
         convention: ``"allrank"``, ``"rax"`` or ``"tfr"``: log base, temperature, ties and reduction of that library.
-        seed: of ``pg_rank``, and of ``listmle`` with shuffled ties; list l draws with ``seed + l``.
+        seed: from 0 to 2^63 - 1, of ``pg_rank``, and of ``listmle`` with shuffled ties; list l draws with ``seed + l``.
         **parameters: of the kind, such as ``sigma``, ``temperature``, ``k``.
 
     Returns:
@@ -60,6 +63,8 @@ def listwise_loss(
         TypeError: a wrong dtype.
     """
     chosen = kind_named(kind)
+    if not torch.compiler.is_compiling() and not 0 <= seed < 2**63:  # in a graph it may not be known yet
+        raise ValueError(f"seed: expected an integer from 0 to 2^63 - 1, got {seed}")
     reduction_index, settings = settings_of(chosen, reduction, convention, parameters)
     return torch.ops.rankernel.listwise_loss(
         scores, labels, offsets, where, chosen.index, reduction_index, settings, seed
@@ -88,12 +93,25 @@ def _check(scores: torch.Tensor, labels: torch.Tensor, offsets: torch.Tensor, wh
             raise ValueError(f"{name}: expected the device of scores, {scores.device}, got {tensor.device}")
 
 
-def _why_no_kernel(scores: torch.Tensor) -> str | None:
-    if scores.device.type != "cpu":
-        return f"there is no kernel for {scores.device.type} tensors yet"
+def _why_no_kernel(scores: torch.Tensor, kind: int, implementation: str) -> str | None:
+    if scores.device.type != ("cpu" if implementation == "cpu" else "cuda"):
+        return f"there is no kernel for {scores.device.type} tensors"
     if scores.dtype not in _checks.NATIVE_DTYPES:
         return f"there is no kernel for {scores.dtype}"
-    return None
+    if scores.numel() >= 2**31:
+        return "kernels count up to 2^31 - 1 items"
+    if implementation == "cpu" or (why_not := backends.why_no_module(implementation)) is None:
+        covered = _NAMES if implementation == "cpu" else _covered_on_gpu(implementation)
+        return None if _NAMES[kind] in covered else f"{implementation} has no kernel for kind {_NAMES[kind]!r} yet"
+    return why_not
+
+
+@functools.cache
+def _covered_on_gpu(implementation: str) -> frozenset[str]:
+    if implementation == "cuda":
+        extension = importlib.import_module("rankernel._C_cuda")
+        return frozenset(_NAMES[index] for index in extension.covered_kinds())
+    return frozenset(importlib.import_module("rankernel.triton_kernels.listwise_loss").KINDS_COVERED)
 
 
 def _forward(
@@ -107,26 +125,37 @@ def _forward(
     seed: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _check(scores, labels, offsets, where)
-    if backends.native_refused("listwise_loss", _why_no_kernel(scores)):
+    implementation = "cpu" if scores.device.type == "cpu" else backends.gpu_implementation()
+    if backends.native_refused("listwise_loss", _why_no_kernel(scores, kind, implementation), implementation):
         return _in_pytorch(scores, labels, offsets, where, kind, reduction, settings, seed)
     scores, labels = scores.contiguous(), labels.to(torch.float32).contiguous()
     offsets = offsets.to(torch.int64).contiguous()
     where = None if where is None else where.contiguous()
+    if implementation == "triton":
+        kernels = importlib.import_module("rankernel.triton_kernels.listwise_loss")
+        with torch.cuda.device(scores.device):
+            return kernels.listwise_loss(
+                scores, labels, offsets, where, _NAMES[kind], REDUCTIONS[reduction], Settings(*settings), seed
+            )
     num_lists = offsets.numel() - 1
     loss = scores.new_empty(() if reduction else (num_lists,), dtype=torch.float32)
     grad = scores.new_empty(scores.shape, dtype=torch.float32)
-    status = _C.listwise_loss(
-        backends.isa_level(),
-        _checks.NATIVE_DTYPES[scores.dtype],
-        (scores.data_ptr(), labels.data_ptr(), 0 if where is None else where.data_ptr(), offsets.data_ptr()),
-        (scores.numel(), num_lists),
-        (kind, reduction),
-        settings,
-        seed & 0xFFFFFFFFFFFFFFFF,
-        (loss.data_ptr(), grad.data_ptr()),
-        torch.get_num_threads(),
-    )
-    if status:
+    inputs = (scores.data_ptr(), labels.data_ptr(), 0 if where is None else where.data_ptr(), offsets.data_ptr())
+    outputs = (loss.data_ptr(), grad.data_ptr())
+    sizes, dtype = (scores.numel(), num_lists), _checks.NATIVE_DTYPES[scores.dtype]
+    if implementation == "cuda":
+        extension = importlib.import_module("rankernel._C_cuda")
+        with torch.cuda.device(scores.device):
+            size = extension.listwise_loss_workspace(sizes, kind, settings)
+            workspace = scores.new_empty(size, dtype=torch.uint8)
+            stream = torch.cuda.current_stream().cuda_stream
+            status = extension.listwise_loss(
+                dtype, inputs, sizes, (kind, reduction), settings, seed, outputs, workspace.data_ptr(), stream
+            )
+        torch.cuda.check_error(status)
+    elif _C.listwise_loss(
+        backends.isa_level(), dtype, inputs, sizes, (kind, reduction), settings, seed, outputs, torch.get_num_threads()
+    ):
         _bad_offsets(offsets, scores)
     return loss, grad
 
@@ -148,17 +177,17 @@ def _in_pytorch(
     bounds = offsets.tolist()
     if bounds != sorted(bounds) or bounds[0] < 0 or bounds[-1] > scores.numel():
         _bad_offsets(offsets, scores)
-    wide = scores.detach().to(torch.promote_types(scores.dtype, torch.float32))
 
-    def loss_of(s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def loss_and_grad() -> tuple[torch.Tensor, torch.Tensor]:
+        wide = scores.detach().to(torch.promote_types(scores.dtype, torch.float32)).requires_grad_()
         loss = reference.listwise_loss(
-            s, labels, offsets, where, _NAMES[kind], REDUCTIONS[reduction], Settings(*settings), seed
+            wide, labels, offsets, where, _NAMES[kind], REDUCTIONS[reduction], Settings(*settings), seed
         )
-        return loss.sum(), loss
+        return loss.detach(), torch.autograd.grad(loss.sum(), wide)[0]
 
-    # Inside an op autograd is off; torch.func.grad brings its own.
-    grad, loss = torch.func.grad(loss_of, has_aux=True)(wide)
-    return loss, grad
+    # Inside an op PyTorch has autograd switched off for the thread, in ways that no public call undoes.
+    with ThreadPoolExecutor(max_workers=1) as elsewhere:
+        return elsewhere.submit(loss_and_grad).result()
 
 
 def _fake(

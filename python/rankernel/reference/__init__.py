@@ -7,12 +7,16 @@ from rankernel.reference.document_scores import (
     token_attention_mass,
     token_attention_mass_backward,
 )
+from rankernel.reference.listwise_loss import listwise_loss
+from rankernel.reference.relevance_feedback import relevance_feedback
 
 __all__ = [
     "block_attention",
     "block_attention_backward",
     "document_logsumexp",
     "document_logsumexp_backward",
+    "listwise_loss",
+    "relevance_feedback",
     "token_attention_mass",
     "token_attention_mass_backward",
 ]

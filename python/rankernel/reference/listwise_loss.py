@@ -1,12 +1,15 @@
 """Specification of listwise_loss in plain PyTorch: one function a kind, one list at a time, differentiable, any dtype.
 
-``s`` are the scores and ``y`` the labels of the valid items of one list, ``[n]``; ranks are 1-based, the higher score or
-label first, the lower index first among equals. Weights made of ranks and labels carry no gradient. A function returns
-the list's loss and the number of its pairs, or None where the list ranks nothing. METHODS.md section 8 has the formulas.
+``s`` are the scores and ``y`` the labels of the valid items of one list, ``[n]``; ranks are 1-based, the higher score
+or label first, the lower index first among equals. Weights made of ranks and labels carry no gradient. A function
+returns the list's loss and the number of its pairs, or None where the list ranks nothing. METHODS.md section 8 has the
+formulas.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -33,7 +36,7 @@ def listwise_loss(
     bounds = offsets.tolist()
     loss_of, distillation = _LOSSES[kind], KINDS[kind].distillation
     values, pairs = [], []
-    for number, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for number, (begin, end) in enumerate(itertools.pairwise(bounds)):
         s, y = scores[begin:end], labels[begin:end].to(scores.dtype)
         if where is not None:
             s, y = s[where[begin:end]], y[where[begin:end]]
@@ -273,7 +276,7 @@ def _p_listmle(s: torch.Tensor, y: torch.Tensor, settings: Settings, seed: int) 
 
 def _pg_rank(s: torch.Tensor, y: torch.Tensor, settings: Settings, seed: int) -> Result:
     """-1/N sum_i (R_i - mean of the other R) log PL(order_i), R the nDCG@k of a sampled order."""
-    ideal, samples = ideal_dcg(y, settings.k), int(settings.count)
+    ideal, samples = ideal_dcg(y, settings.k), int(settings.number)
     if not ideal > 0:
         return None
     discounts = 1 / torch.log2(torch.arange(2, len(s) + 2, device=s.device, dtype=s.dtype))
@@ -286,9 +289,7 @@ def _pg_rank(s: torch.Tensor, y: torch.Tensor, settings: Settings, seed: int) ->
     rewards = torch.stack([(gains_of(y)[order] * discounts).sum() / ideal for order in orders])
     advantages = (rewards - rewards.mean()) * samples / (samples - 1)
     ones = torch.ones_like(s)
-    losses = [
-        advantage * _plackett_luce(s, order, ones) for advantage, order in zip(advantages, orders, strict=True)
-    ]
+    losses = [advantage * _plackett_luce(s, order, ones) for advantage, order in zip(advantages, orders, strict=True)]
     return torch.stack(losses).mean(), 1
 
 
@@ -314,7 +315,7 @@ def _approx_mrr(s: torch.Tensor, y: torch.Tensor, settings: Settings, seed: int)
         return (-(weights / ranks).sum() / weights.sum(), 1) if weights.any() else None
     if not (y >= 1).any():
         return None
-    best = torch.where(y >= 1, ranks.detach(), torch.inf).argmin()  # the lower index among equals
+    best = torch.where(y >= 1, s.detach(), -torch.inf).argmax()  # the smooth ranks fall as scores rise
     return -1 / ranks[best], 1
 
 
@@ -325,7 +326,7 @@ def _neural_ndcg(s: torch.Tensor, y: torch.Tensor, settings: Settings, seed: int
     rank = torch.arange(1, n + 1, device=s.device, dtype=s.dtype)
     spread = (s[:, None] - s[None, :]).abs().sum(dim=1)
     order = F.softmax(((n + 1 - 2 * rank)[:, None] * s[None, :] - spread[None, :]) / settings.temperature, dim=1)
-    for _ in range(int(settings.count)):
+    for _ in range(int(settings.number)):
         order = order / order.sum(dim=0, keepdim=True).clamp(min=1e-10)
         order = order / order.sum(dim=1, keepdim=True).clamp(min=1e-10)
         off = torch.maximum((order.sum(dim=0) - 1).abs().max(), (order.sum(dim=1) - 1).abs().max())
@@ -336,16 +337,22 @@ def _neural_ndcg(s: torch.Tensor, y: torch.Tensor, settings: Settings, seed: int
 
 
 class _SoftTopK(torch.autograd.Function):
-    """log of z = sigmoid(sigma (x + t)) with t such that sum z = k."""
+    """u = sigma (x + t) with t such that sum sigmoid(u) = k, by bisection."""
 
     @staticmethod
     def forward(x: torch.Tensor, k: float, sigma: float) -> torch.Tensor:
-        low, high = -x.max() - 10 / sigma, -x.min() + 10 / sigma
-        for _ in range(64):
+        margin = (10 + math.log(len(x))) / sigma
+        low, high = -x.max() - margin, -x.min() + margin
+        for _ in range(64 if x.dtype == torch.float64 else 40):
             middle = (low + high) / 2
-            enough = torch.sigmoid(sigma * (x + middle)).sum() >= k
+            u = sigma * (x + middle)
+            # sum z - k = #(u >= 0) - k + what the items of either side are short of 0 or 1. Where the count is k, that
+            # is in units of the largest such part: a wide gap between the best k and the rest has its middle found.
+            count, nearest = (u >= 0).sum(), u.abs().min()
+            short = (torch.where(count == k, nearest, 0) - u.abs()).exp() / (1 + (-u.abs()).exp())
+            enough = count - k + torch.where(u < 0, short, -short).sum() >= 0
             low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
-        return F.logsigmoid(sigma * (x + (low + high) / 2))
+        return sigma * (x + (low + high) / 2)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[torch.Tensor, float, float], output: torch.Tensor) -> None:
@@ -354,16 +361,16 @@ class _SoftTopK(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (log_z,) = ctx.saved_tensors
-        rest, sigma = -torch.expm1(log_z), ctx.sigma
-        g, v = sigma * rest * grads[0], sigma * rest * log_z.exp()
-        return g - v * g.sum() / v.sum().clamp(min=1e-30), None, None
+        (u,) = ctx.saved_tensors
+        # dt/dx_j = -v_j / sum v, v = z (1 - z)
+        share = torch.softmax(F.logsigmoid(u) + F.logsigmoid(-u), dim=0)
+        return ctx.sigma * (grads[0] - share * grads[0].sum()), None, None
 
 
 def _soft_topk(s: torch.Tensor, y: torch.Tensor, settings: Settings, seed: int) -> Result:
     if len(s) <= settings.k or not (y > 0).any():  # everything is among the best k
         return None
-    return -_SoftTopK.apply(s, settings.k, settings.sigma)[y > 0].mean(), 1
+    return -F.logsigmoid(_SoftTopK.apply(s, settings.k, settings.sigma)[y > 0]).mean(), 1
 
 
 def _groco(s: torch.Tensor, y: torch.Tensor, settings: Settings, seed: int) -> Result:
@@ -372,7 +379,7 @@ def _groco(s: torch.Tensor, y: torch.Tensor, settings: Settings, seed: int) -> R
     if not positive.any() or positive.all():
         return None
     rising = order_of(s.detach()).flip(0)
-    negatives = rising[~positive[rising]][-int(settings.count) :]
+    negatives = rising[~positive[rising]][-int(settings.number) :]
     wires = torch.cat([negatives, rising[positive[rising]]])
     x, n, num_negatives = s[wires], len(wires), len(negatives)
     mixed = torch.eye(n, dtype=s.dtype, device=s.device)  # [wires, ranks]
@@ -386,7 +393,9 @@ def _groco(s: torch.Tensor, y: torch.Tensor, settings: Settings, seed: int) -> R
         mixed = mixed.index_copy(1, a, alpha * left + (1 - alpha) * right)
         mixed = mixed.index_copy(1, b, (1 - alpha) * left + alpha * right)
     # Rows of `mixed` sum to 1, so the two cross entropies of the paper are the same number.
-    hit = torch.cat([mixed[:num_negatives, :num_negatives].sum(dim=1), mixed[num_negatives:, num_negatives:].sum(dim=1)])
+    hit = torch.cat(
+        [mixed[:num_negatives, :num_negatives].sum(dim=1), mixed[num_negatives:, num_negatives:].sum(dim=1)]
+    )
     return -hit.clamp(min=1e-30, max=1).log().mean(), 1
 
 
