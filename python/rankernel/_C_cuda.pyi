@@ -1,0 +1,23 @@
+"""The CUDA extension, built with RANKERNEL_CUDA=ON: csrc/cuda/bindings.cpp."""
+
+from collections.abc import Sequence
+
+def covered_kinds() -> list[int]: ...
+def listwise_loss_workspace(
+    sizes: tuple[int, int],  # items, lists
+    kind: int,
+    settings: Sequence[float],
+    /,
+) -> int: ...
+def listwise_loss(
+    dtype: int,
+    inputs: tuple[int, int, int, int],  # device addresses of scores, labels, where (0: none), offsets
+    sizes: tuple[int, int],  # items, lists
+    kind_and_reduction: tuple[int, int],
+    settings: Sequence[float],
+    seed: int,
+    outputs: tuple[int, int],  # device addresses of loss, grad
+    workspace: int,  # device address, aligned to 16 bytes
+    stream: int,
+    /,
+) -> int: ...
