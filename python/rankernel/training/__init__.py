@@ -1,4 +1,7 @@
-"""Training of block-sparse rerankers: lists of documents to packed rows, and the joint loss."""
+"""Training: ranking losses as modules, lists of documents to packed rows, and BlockRank's joint loss.
+
+The losses for sentence-transformers are in :mod:`rankernel.training.sentence_transformers`, imported by itself.
+"""
 
 from rankernel.training.collator import RankingBatch, RankingCollator, RankingExample
 from rankernel.training.losses import (
@@ -8,12 +11,66 @@ from rankernel.training.losses import (
     document_scores_from_logsumexp,
     joint_loss,
 )
+from rankernel.training.ranking_losses import (
+    ApproxMRRLoss,
+    ApproxNDCGLoss,
+    DCG2LambdaLoss,
+    DCGLambdaLoss,
+    DecoupledSoftmaxLoss,
+    GroCoLoss,
+    InfoNCELoss,
+    KLDistillationLoss,
+    LambdaRankLoss,
+    LiPOLoss,
+    ListMLELoss,
+    ListNetLoss,
+    ListwiseLoss,
+    MarginMSELoss,
+    NDCG1Loss,
+    NDCG2Loss,
+    NDCG2PPLoss,
+    NeuralNDCGLoss,
+    PGRankLoss,
+    PListMLELoss,
+    RankNetLoss,
+    SkipRankNetLoss,
+    SoftmaxLoss,
+    SoftRankNetLoss,
+    SoftTopKLoss,
+    WeightedRankNetLoss,
+)
 
 __all__ = [
+    "ApproxMRRLoss",
+    "ApproxNDCGLoss",
+    "DCG2LambdaLoss",
+    "DCGLambdaLoss",
+    "DecoupledSoftmaxLoss",
+    "GroCoLoss",
+    "InfoNCELoss",
     "JointLoss",
+    "KLDistillationLoss",
+    "LambdaRankLoss",
+    "LiPOLoss",
+    "ListMLELoss",
+    "ListNetLoss",
+    "ListwiseLoss",
+    "MarginMSELoss",
+    "NDCG1Loss",
+    "NDCG2Loss",
+    "NDCG2PPLoss",
+    "NeuralNDCGLoss",
+    "PGRankLoss",
+    "PListMLELoss",
+    "RankNetLoss",
     "RankingBatch",
     "RankingCollator",
     "RankingExample",
+    "SkipRankNetLoss",
+    "SoftRankNetLoss",
+    "SoftTopKLoss",
+    "SoftmaxLoss",
+    "WeightedRankNetLoss",
     "answer_loss",
     "attention_contrastive_loss",
     "document_scores_from_logsumexp",

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from rankernel.models import ScoreRequest, model_inputs
 from rankernel.models.attach import decoder_of, unwrap
+from rankernel.ops import listwise_loss
 from rankernel.rerankers.blockrank import BlockRankSettings
 from rankernel.rerankers.blockrank import relevance as document_scores_from_logsumexp
 from rankernel.training.collator import RankingBatch
@@ -69,11 +70,18 @@ def attention_contrastive_loss(
         raise ValueError(f"temperature: expected a positive number, got {temperature}")
     if (positives & ~present).any():
         raise ValueError("positives: expected documents that are present, got one that is not")
-    labelled = positives.any(dim=1)
-    logits = torch.where(present, scores, 0.0)[labelled] / temperature
-    everything = logits.masked_fill(~present[labelled], float("-inf")).logsumexp(dim=1)
-    relevant = logits.masked_fill(~positives[labelled], float("-inf")).logsumexp(dim=1)
-    return (everything - relevant).sum() / labelled.sum().clamp(min=1)
+    offsets = torch.arange(len(scores) + 1, device=scores.device) * scores.shape[1]
+    total = listwise_loss(
+        scores.reshape(-1),
+        positives.reshape(-1),
+        offsets,
+        "infonce",
+        where=present.reshape(-1),
+        reduction="sum",
+        temperature=temperature,
+    )
+    # The op's mean would leave out lists of positives alone, whose loss is 0 too.
+    return (total / positives.any(dim=1).sum().clamp(min=1)).to(scores.dtype)
 
 
 def answer_loss(model: torch.nn.Module, hidden: torch.Tensor, batch: RankingBatch) -> torch.Tensor:
