@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -500,3 +502,15 @@ def test_nan_and_infinite_scores_do_not_crash(kind: str) -> None:
 def test_every_kind_has_its_variants() -> None:
     assert set(VARIANTS) == set(KINDS)
     assert {golden.kind for golden in GOLDEN.values()} <= set(KINDS)
+
+
+def test_the_readme_lists_every_kind_with_its_defaults_and_conventions() -> None:
+    rows = {}
+    for line in (Path(__file__).parents[1] / "README.md").read_text().splitlines():
+        if match := re.match(r"\| `(\w+)` \w+Loss \|", line):
+            rows[match[1]] = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+    assert set(rows) == set(KINDS)
+    for kind in KINDS.values():
+        parameters, conventions = rows[kind.name][2:4]
+        assert [p.split()[0] for p in parameters.split(", ") if p != "-"] == list(kind.defaults)
+        assert [c for c in conventions.split(", ") if c != "-"] == list(kind.conventions)

@@ -26,6 +26,9 @@ enum class PairTerm : int {
   // No loss:
   kSmoothRank,      // sigmoid(-x) to i, sigmoid(x) to j
   kSmoothGradient,  // (a_j - a_i) sigmoid'(x) to i, its negative to j
+  // The same two, with e^-x as a_j b_i, a = exp(sigma scores), b = exp(-sigma scores), and c for a:
+  kSmoothRankByProduct,
+  kSmoothGradientByProduct,
   kSpread,          // |x| to both
   kSpreadGradient,  // sign(x) (a_i + a_j) to i, its negative to j
 };
@@ -48,13 +51,15 @@ struct PairTask {
 };
 
 // K_ij = exp(z_ij - max_j z_ij), z_ij = ((n + 1 - 2 i) scores_j - spread_j) / temperature, rows i from 1: NeuralSort's
-// matrix before its rows are normalised. It is never stored; every pass computes its rows again.
+// matrix before its rows are normalised. That of a short list is stored by the first pass; else every pass computes the
+// rows again.
 struct SinkhornMatrix {
   int64_t n;
   const float* scores;
   const float* spread;  // sum_k |scores_j - scores_k|
   float inverse_temperature;
-  float* row;  // [n] work
+  float* rows;          // [n, n] if stored, else [n] work
+  bool stored, filled;  // filled: the first pass is done
 };
 
 // One step back through the scalings: with x_ij = factor_i h_j u_i K_ij v_j and y_ij = -open_i g_i u_i K_ij v_before_j,

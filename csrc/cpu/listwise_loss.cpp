@@ -26,7 +26,8 @@ constexpr int64_t kPairParts = 16;      // of a long list's rows, each with its 
 constexpr int64_t kScanPart = 1 << 14;  // items of a Plackett-Luce list per part
 constexpr int64_t kScanBlock = 128;     // items that share a maximum
 constexpr double kScanRange = 60.0;     // and whose exponentials may be this far apart, in units of log e
-constexpr double kSerialWork = 2e4;     // pairs or so that are not worth waking threads for
+constexpr int64_t kStoredMatrix = 128;  // items of a list whose NeuralSort matrix, 64 KiB, is kept for its passes
+constexpr double kSerialWork = 4e4;     // pairs or so that are not worth waking threads for
 constexpr double kLeast = 1e-10;        // smallest ideal DCG and Sinkhorn sum that is divided by, as published
 
 // One list's valid items, in their order. Arrays have padding behind them.
@@ -182,40 +183,50 @@ Result pair_loss(const Context& c, const PairTask& task, const List& list, const
   return {loss, pairs};
 }
 
-// e^-x of every pair as a product of two numbers, where the scores lie close enough together for that: four factors of
-// at most 1 + e^kProductRange fit a float. The exponents' rounding errors are put back as factors, so that the product
-// is as accurate as the exponential of the difference.
-void by_product(const Context& c, const List& list, const ByLabel& sorted, Arena& arena, PairTask& task) {
-  constexpr double kProductRange = 20.0, kFloatBits = 120.0;
-  const int64_t n = list.n;
-  const auto [low, high] = std::minmax_element(sorted.scores, sorted.scores + n);
-  const double range = c.settings.sigma * (static_cast<double>(*high) - static_cast<double>(*low));
-  if (!(range <= kProductRange)) return;
+// exp(sigma (s - middle)) and exp(-sigma (s - middle)): e^-x of a pair is a product of two. Only where the scores lie
+// within limit / sigma of each other, else null. The exponents' rounding errors are put back as factors, so that a
+// product is as accurate as the exponential of the difference.
+struct Exponentials {
+  float *up = nullptr, *down = nullptr;
+  double range = 0.0;
+};
+
+Exponentials exponentials_of(const Context& c, const float* scores, int64_t n, double sigma, double limit,
+                             Arena& arena) {
+  Exponentials result;
+  const auto [low, high] = std::minmax_element(scores, scores + n);
+  result.range = sigma * (static_cast<double>(*high) - static_cast<double>(*low));
+  if (!(result.range <= limit)) return result;
   const double middle = (static_cast<double>(*high) + static_cast<double>(*low)) / 2;
   float *const exponents = take_floats(arena, n), *const rests = take_floats(arena, n);
-  float *const up = take_floats(arena, n), *const down = take_floats(arena, n);
+  result.up = take_floats(arena, n);
+  result.down = take_floats(arena, n);
   for (int64_t i = 0; i < n; ++i) {
-    const double exact = c.settings.sigma * (static_cast<double>(sorted.scores[i]) - middle);
+    const double exact = sigma * (static_cast<double>(scores[i]) - middle);
     exponents[i] = static_cast<float>(exact);
     rests[i] = static_cast<float>(exact - static_cast<double>(exponents[i]));
   }
-  c.kernels.exponentials(exponents, n, 0.0f, 1.0f, up);
-  c.kernels.exponentials(exponents, n, 0.0f, -1.0f, down);
+  c.kernels.exponentials(exponents, n, 0.0f, 1.0f, result.up);
+  c.kernels.exponentials(exponents, n, 0.0f, -1.0f, result.down);
   for (int64_t i = 0; i < n; ++i) {
-    up[i] += up[i] * rests[i];
-    down[i] -= down[i] * rests[i];
+    result.up[i] += result.up[i] * rests[i];
+    result.down[i] -= result.down[i] * rests[i];
   }
-  task.term = PairTerm::kOneByProduct;
-  task.a = up;
-  task.b = down;
-  const double bits = std::log2(1.0 + std::exp(range));
-  task.terms_per_log = static_cast<int64_t>(kFloatBits / (4.0 * bits));
+  return result;
 }
 
 Result ranknet(const Context& c, const List& list, Arena& arena, double* grad) {
   const ByLabel sorted = by_label(list, arena);
   PairTask task = pair_task(c, PairTerm::kOne, list, sorted);
-  by_product(c, list, sorted, arena, task);
+  // Four factors of at most 1 + e^20 fit a float.
+  constexpr double kLimit = 20.0, kFloatBits = 120.0;
+  const Exponentials e = exponentials_of(c, sorted.scores, list.n, c.settings.sigma, kLimit, arena);
+  if (e.up) {
+    task.term = PairTerm::kOneByProduct;
+    task.a = e.up;
+    task.b = e.down;
+    task.terms_per_log = static_cast<int64_t>(kFloatBits / (4.0 * std::log2(1.0 + std::exp(e.range))));
+  }
   return pair_loss(c, task, list, sorted, sorted.pairs, arena, grad);
 }
 
@@ -597,7 +608,7 @@ class PlackettLuce {
 
   template <class Weight>
   double remaining(int64_t begin, int64_t end, Scaled carry, Weight weight) {
-    double loss = 0.0;
+    double loss = 0.0, product = 1.0;
     for (int64_t block_end = end; block_end > begin;) {
       float shift;
       const int64_t at = block_begin(begin, block_end, carry.shift, &shift);
@@ -609,13 +620,21 @@ class PlackettLuce {
         sums_[k] = sum;
         shift_[k] = shift;
       }
-      for (int64_t k = at; k < block_end; ++k)
-        if (const double w = weight(k); w != 0.0)
-          loss += w * (std::log(sums_[k]) + (static_cast<double>(shift) - static_cast<double>(s_[k])));
+      for (int64_t k = at; k < block_end; ++k) {
+        const double w = weight(k);
+        if (w == 0.0) continue;
+        loss += w * (static_cast<double>(shift) - static_cast<double>(s_[k]));
+        if (w != 1.0) {
+          loss += w * std::log(sums_[k]);
+        } else {  // one logarithm for the product of several; a sum lies between e^-60 and the number of items
+          product *= sums_[k];
+          if (product < 1e-200 || product > 1e200) loss += std::log(product), product = 1.0;
+        }
+      }
       carry = {shift, sum};
       block_end = at;
     }
-    return loss;
+    return loss + std::log(product);
   }
 
   // Continues sum_k w_k exp(-L_k) over [begin, end); with `order`, also adds the gradient.
@@ -736,15 +755,27 @@ PairTask smooth_task(const Context& c, const List& list, Arena& arena) {
   task.sigma = static_cast<float>(1.0 / c.settings.temperature);
   task.scores = list.scores;
   task.first = all_pairs(list.n, arena);
+  constexpr double kLimit = 80.0;  // e^-80 to e^80 fit a float
+  const Exponentials e = exponentials_of(c, list.scores, list.n, 1.0 / c.settings.temperature, kLimit, arena);
+  if (e.up) {
+    task.term = PairTerm::kSmoothRankByProduct;
+    task.a = e.up;
+    task.b = e.down;
+  }
   return task;
 }
 
 void smooth_gradient(const Context& c, PairTask task, const double* slopes, const List& list, Arena& arena,
                      double* grad) {
-  float* const a = take_floats(arena, list.n);
-  for (int64_t i = 0; i < list.n; ++i) a[i] = static_cast<float>(slopes[i]);
-  task.term = PairTerm::kSmoothGradient;
-  task.a = a;
+  float* const values = take_floats(arena, list.n);
+  for (int64_t i = 0; i < list.n; ++i) values[i] = static_cast<float>(slopes[i]);
+  if (task.term == PairTerm::kSmoothRank) {
+    task.term = PairTerm::kSmoothGradient;
+    task.a = values;
+  } else {
+    task.term = PairTerm::kSmoothGradientByProduct;
+    task.c = values;
+  }
   run_pairs(c, task, list.num_threads, arena, grad);
   for (int64_t i = 0; i < list.n; ++i) grad[i] /= c.settings.temperature;
 }
@@ -799,8 +830,8 @@ Result approx_mrr(const Context& c, const List& list, Arena& arena, double* grad
 }
 
 // NeuralSort's matrix, Sinkhorn-scaled: P_t = diag(u_t) K diag(v_t). Columns, then rows, are divided by their sums, but
-// by no less than kLeast, until both are 1 within the tolerance. The gradient goes back through the scalings kept, K is
-// computed again each time: O(n) floats an iteration.
+// by no less than kLeast, until both are 1 within the tolerance. The gradient goes back through the scalings kept: O(n)
+// floats an iteration.
 Result neural_ndcg(const Context& c, const List& list, Arena& arena, double* grad) {
   const int64_t n = list.n, k = cutoff(c, n), limit = static_cast<int64_t>(c.settings.count);
   const int32_t* const order = order_of(list.labels, list, arena);
@@ -822,8 +853,10 @@ Result neural_ndcg(const Context& c, const List& list, Arena& arena, double* gra
   run_pairs(c, task, list.num_threads, arena, sums);
   float* const spread = take_floats(arena, n);
   for (int64_t i = 0; i < n; ++i) spread[i] = static_cast<float>(sums[i]);
-  const SinkhornMatrix matrix{n, scores, spread, static_cast<float>(1.0 / c.settings.temperature),
-                              take_floats(arena, n)};
+  const bool stored = n <= kStoredMatrix;
+  SinkhornMatrix matrix{
+      n,      scores, spread, static_cast<float>(1.0 / c.settings.temperature), take_floats(arena, stored ? n * n : n),
+      stored, false};
 
   const float least = static_cast<float>(kLeast);
   std::vector<float*> u, v;
@@ -834,6 +867,7 @@ Result neural_ndcg(const Context& c, const List& list, Arena& arena, double* gra
   };
   std::fill_n(next_scaling(v), n, 1.0f);
   c.kernels.sinkhorn(matrix, nullptr, v[0], least, next_scaling(u), columns);
+  matrix.filled = stored;
   for (int64_t t = 1; t <= limit; ++t) {
     const float* const v_before = v.back();
     float* const v_now = next_scaling(v);

@@ -24,11 +24,13 @@ constexpr bool uses_a() {
 }
 template <PairTerm kTerm>
 constexpr bool uses_b() {
-  return kTerm == PairTerm::kAbsolute || kTerm == PairTerm::kCombined || kTerm == PairTerm::kReweighted;
+  return kTerm == PairTerm::kAbsolute || kTerm == PairTerm::kCombined || kTerm == PairTerm::kReweighted ||
+         kTerm == PairTerm::kSmoothRankByProduct || kTerm == PairTerm::kSmoothGradientByProduct;
 }
 template <PairTerm kTerm>
 constexpr bool uses_c() {
-  return kTerm == PairTerm::kRelative || kTerm == PairTerm::kCombined || kTerm == PairTerm::kReweighted;
+  return kTerm == PairTerm::kSmoothGradientByProduct || kTerm == PairTerm::kRelative || kTerm == PairTerm::kCombined ||
+         kTerm == PairTerm::kReweighted;
 }
 template <PairTerm kTerm>
 constexpr bool is_cut() {
@@ -96,6 +98,12 @@ struct PairFunction {
           select_less(difference, zero(), sub(zero(), sum), select_less(zero(), difference, sum, zero()));
       return {zero(), signed_sum, sub(zero(), signed_sum)};
     }
+    if constexpr (kTerm == PairTerm::kSmoothRankByProduct || kTerm == PairTerm::kSmoothGradientByProduct) {
+      const Vec e = mul(i.b, j.a), rest = div(set1(1.0f), add(set1(1.0f), e)), share = mul(e, rest);
+      if constexpr (kTerm == PairTerm::kSmoothRankByProduct) return {zero(), share, rest};
+      const Vec change = mul(sub(j.c, i.c), mul(share, rest));
+      return {zero(), change, sub(zero(), change)};
+    }
     const Logistic x = logistic(mul(sigma, difference));
     if constexpr (kTerm == PairTerm::kSmoothRank || kTerm == PairTerm::kSmoothGradient) {
       if constexpr (kTerm == PairTerm::kSmoothRank) return {zero(), x.sigmoid, x.complement};
@@ -130,7 +138,7 @@ struct PairFunction {
 // Whether a column whose score is -inf adds nothing to a row by itself, so that the padding needs no mask.
 template <PairTerm kTerm>
 constexpr bool padding_is_inert() {
-  return kTerm < PairTerm::kSoft || kTerm == PairTerm::kSmoothRank || kTerm == PairTerm::kSmoothGradient;
+  return kTerm < PairTerm::kSoft || (kTerm >= PairTerm::kSmoothRank && kTerm < PairTerm::kSpread);
 }
 
 // One row and one vector of columns; with kMasked only the lanes [low, high) count.
@@ -293,6 +301,10 @@ double pairs(const PairTask& t, int64_t begin, int64_t end, double* sums) {
       return pair_rows<PairTerm::kSmoothRank>(t, begin, end, sums);
     case PairTerm::kSmoothGradient:
       return pair_rows<PairTerm::kSmoothGradient>(t, begin, end, sums);
+    case PairTerm::kSmoothRankByProduct:
+      return pair_rows<PairTerm::kSmoothRankByProduct>(t, begin, end, sums);
+    case PairTerm::kSmoothGradientByProduct:
+      return pair_rows<PairTerm::kSmoothGradientByProduct>(t, begin, end, sums);
     case PairTerm::kSpread:
       return pair_rows<PairTerm::kSpread>(t, begin, end, sums);
     default:
@@ -338,38 +350,43 @@ double sigmoid_sum(const float* x, int64_t n, float sigma, float shift) {
   });
 }
 
-// Row i of the matrix into m.row; returns n + 1 - 2 i.
-inline float kernel_row(const SinkhornMatrix& m, int64_t i) {
-  const float weight = static_cast<float>(m.n - 1 - 2 * i);  // i from 0 here
+// n + 1 - 2 i of row i, which counts from 1 there and from 0 here
+inline float row_weight(const SinkhornMatrix& m, int64_t i) { return static_cast<float>(m.n - 1 - 2 * i); }
+
+// Row i of the matrix: as stored, or computed into m.rows.
+inline const float* kernel_row(const SinkhornMatrix& m, int64_t i) {
+  float* const row = m.rows + (m.stored ? i * m.n : 0);
+  if (m.filled) return row;
+  const float weight = row_weight(m, i);
   Vec highest = set1(kNegativeInfinity);
   for (int64_t j = 0; j < m.n; j += kWidth) {
     const int lanes = static_cast<int>(smaller(m.n - j, int64_t{kWidth}));
     Vec z = fmadd(set1(weight), load_partial(m.scores + j, lanes), sub(zero(), load_partial(m.spread + j, lanes)));
     z = mul(z, set1(m.inverse_temperature));
     highest = max(highest, keep(z, 0, lanes, set1(kNegativeInfinity)));
-    store_partial(m.row + j, z, lanes);
+    store_partial(row + j, z, lanes);
   }
-  exponentials(m.row, m.n, reduce_max(highest), 1.0f, m.row);
-  return weight;
+  exponentials(row, m.n, reduce_max(highest), 1.0f, row);
+  return row;
 }
 
 // columns += weight times the row, in double: a float sum over many rows would lose more than the rest of the method.
-inline void add_row(const SinkhornMatrix& m, float weight, double* columns) {
-  for (int64_t j = 0; j < m.n; ++j) columns[j] += static_cast<double>(weight * m.row[j]);
+inline void add_row(const float* row, int64_t n, float weight, double* columns) {
+  for (int64_t j = 0; j < n; ++j) columns[j] += static_cast<double>(weight * row[j]);
 }
 
 float sinkhorn(const SinkhornMatrix& m, const float* u_before, const float* v, float least, float* u, double* columns) {
   for (int64_t j = 0; j < m.n; ++j) columns[j] = 0.0;
   float deviation = 0.0f;
   for (int64_t i = 0; i < m.n; ++i) {
-    kernel_row(m, i);
+    const float* const row = kernel_row(m, i);
     const auto scaled = [&](int64_t j, int lanes) {
-      return mul(load_partial(m.row + j, lanes), load_partial(v + j, lanes));
+      return mul(load_partial(row + j, lanes), load_partial(v + j, lanes));
     };
     const float sum = static_cast<float>(sum_over(m.n, scaled));
     u[i] = u_before ? u_before[i] / larger(u_before[i] * sum, least) : 1.0f / sum;
     deviation = larger(deviation, __builtin_fabsf(u[i] * sum - 1.0f));
-    add_row(m, u[i], columns);
+    add_row(row, m.n, u[i], columns);
   }
   return deviation;
 }
@@ -377,24 +394,24 @@ float sinkhorn(const SinkhornMatrix& m, const float* u_before, const float* v, f
 void sinkhorn_columns(const SinkhornMatrix& m, const float* weights, double* columns) {
   for (int64_t j = 0; j < m.n; ++j) columns[j] = 0.0;
   for (int64_t i = 0; i < m.n; ++i) {
-    kernel_row(m, i);
-    add_row(m, weights[i], columns);
+    add_row(kernel_row(m, i), m.n, weights[i], columns);
   }
 }
 
 void sinkhorn_back(const SinkhornMatrix& m, const SinkhornStep& s) {
   for (int64_t i = 0; i < m.n; ++i) {
-    const float weight = kernel_row(m, i);
+    const float* const row = kernel_row(m, i);
+    const float weight = row_weight(m, i);
     const Vec u = set1(s.u[i]), factor = set1(s.factor[i]);
     const auto x_of = [&](int64_t j, int lanes) {
-      const Vec mass = mul(mul(u, load_partial(m.row + j, lanes)), load_partial(s.v + j, lanes));
+      const Vec mass = mul(mul(u, load_partial(row + j, lanes)), load_partial(s.v + j, lanes));
       return mul(mul(factor, load_partial(s.h + j, lanes)), mass);
     };
     const float g = s.carry[i] + static_cast<float>(sum_over(m.n, x_of));
     s.carry[i] = s.open[i] != 0.0f ? 0.0f : g;
     const float back = -s.open[i] * g * s.u[i];
     for (int64_t j = 0; j < m.n; ++j) {
-      const float x = s.factor[i] * s.h[j] * (s.u[i] * m.row[j] * s.v[j]), y = back * (m.row[j] * s.v_before[j]);
+      const float x = s.factor[i] * s.h[j] * (s.u[i] * row[j] * s.v[j]), y = back * (row[j] * s.v_before[j]);
       s.gradient[j] += static_cast<double>(s.direct ? x + y : y);
       s.plain[j] += static_cast<double>(x + y);
       s.weighted[j] += static_cast<double>(weight) * static_cast<double>(x + y);

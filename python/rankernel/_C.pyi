@@ -1,5 +1,7 @@
 """The native extension: csrc/bindings.cpp."""
 
+from collections.abc import Sequence
+
 Tensor = tuple[int, int, int]  # address, token stride, head stride, in elements
 Layout = tuple[int, int, int, int, bool]  # addresses of cu_seqlens and list_offsets, segments, lists, causal
 Heads = tuple[int, int, int]  # query heads, KV heads, head size
@@ -66,7 +68,7 @@ def listwise_loss(
     inputs: tuple[int, int, int, int],  # addresses of scores, labels, where (0: none), offsets
     sizes: tuple[int, int],  # items, lists
     kind_and_reduction: tuple[int, int],
-    settings: list[float],
+    settings: Sequence[float],
     seed: int,
     outputs: tuple[int, int],  # addresses of loss, grad
     num_threads: int,

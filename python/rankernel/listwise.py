@@ -247,7 +247,9 @@ def _resolve(kind: Kind, reduction: str | None, convention: str | None, given: _
 _resolve_once = functools.lru_cache(maxsize=512)(_resolve)
 
 
-def _resolve_for_graph(name: str, reduction: str | None, convention: str | None, given: _Given) -> object:
+def _resolve_for_graph(
+    name: str, reduction: str | None, convention: str | None, given: _Given
+) -> tuple[int, tuple[float, ...]]:
     return _resolve(KINDS[name], reduction, convention, given)
 
 

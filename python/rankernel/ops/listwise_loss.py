@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -36,7 +37,7 @@ def listwise_loss(
 ) -> torch.Tensor:
     """A ranking loss over jagged lists; its gradient is computed in the same pass and kept, one float an item.
 
-    The kinds, their formulas, parameters, published defaults and conventions are in the table of docs/losses.md and in
+    The kinds, their formulas, parameters, published defaults and conventions are in the table of the README and in
     :data:`rankernel.listwise.KINDS`. Mathematics is float32 whatever the scores are, sums are float64 on the CPU, and
     memory is linear in the number of items. Ranks go from the highest down, the lower index first among equals, and
     weights made of ranks have no gradient. A list contributes 0, with zero gradients, and is left out of the mean if it
@@ -66,9 +67,14 @@ def listwise_loss(
     if not torch.compiler.is_compiling() and not 0 <= seed < 2**63:  # in a graph it may not be known yet
         raise ValueError(f"seed: expected an integer from 0 to 2^63 - 1, got {seed}")
     reduction_index, settings = settings_of(chosen, reduction, convention, parameters)
-    return torch.ops.rankernel.listwise_loss(
-        scores, labels, offsets, where, chosen.index, reduction_index, settings, seed
-    )[0]
+    arguments = (scores, labels, offsets, where, chosen.index, reduction_index, settings, seed)
+    if torch.compiler.is_compiling() or type(scores) not in _PLAIN:
+        return torch.ops.rankernel.listwise_loss(*arguments)[0]
+    # The way through the dispatcher costs as much again as a batch of 64 short lists.
+    return _Eager.apply(*arguments) if scores.requires_grad else _forward(*arguments)[0]
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)  # no fake tensor or other subclass
 
 
 def _check(scores: torch.Tensor, labels: torch.Tensor, offsets: torch.Tensor, where: torch.Tensor | None) -> None:
@@ -121,7 +127,7 @@ def _forward(
     where: torch.Tensor | None,
     kind: int,
     reduction: int,
-    settings: list[float],
+    settings: Sequence[float],
     seed: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _check(scores, labels, offsets, where)
@@ -171,7 +177,7 @@ def _in_pytorch(
     where: torch.Tensor | None,
     kind: int,
     reduction: int,
-    settings: list[float],
+    settings: Sequence[float],
     seed: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     bounds = offsets.tolist()
@@ -199,14 +205,18 @@ def _fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    scores, _, offsets, _, _, reduction, _, _ = inputs
     ctx.mark_non_differentiable(output[1])
+    _save(ctx, inputs, output[1])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], grad: torch.Tensor) -> None:
+    scores, _, offsets, _, _, reduction, _, _ = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1], offsets)
+    ctx.save_for_backward(grad, offsets)
     ctx.per_list, ctx.dtype = reduction == 0, scores.dtype
 
 
-def _autograd(ctx: Any, grad_loss: torch.Tensor | None, _: Any) -> tuple[torch.Tensor | None, ...]:
+def _autograd(ctx: Any, grad_loss: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
     if grad_loss is None:
         return (None,) * 8
     grad, offsets = ctx.saved_tensors
@@ -216,6 +226,16 @@ def _autograd(ctx: Any, grad_loss: torch.Tensor | None, _: Any) -> tuple[torch.T
         number = torch.searchsorted(offsets[1:], position, right=True).clamp(max=max(offsets.shape[0] - 2, 0))
         grad_loss = grad_loss[number] if offsets.shape[0] > 1 else grad_loss.new_zeros(grad.shape)
     return ((grad * grad_loss).to(ctx.dtype),) + (None,) * 7
+
+
+class _Eager(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
+        loss, grad = _forward(*inputs)
+        _save(ctx, inputs, grad)
+        return loss
+
+    backward = staticmethod(_autograd)
 
 
 _checks.LIBRARY.impl("listwise_loss", _forward, "CompositeExplicitAutograd")
