@@ -78,6 +78,7 @@ class Implementation:
         compare: whether the row takes part in speed-ups.
         yardstick: the rates of the other rows are also given as a fraction of this row's.
         isa: highest instruction set that a row of rankernel may use; None for the best one.
+        backend: that a row of rankernel runs.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Implementation:
     compare: bool = True
     yardstick: bool = False
     isa: str | None = None
+    backend: str = "cpu"
 
     @property
     def label(self) -> str:
@@ -98,7 +100,7 @@ class Implementation:
         """For rows of rankernel, forces the native kernels, so that no row times the reference unnoticed."""
         if self.native_op is None:
             return contextlib.nullcontext()
-        return backends.use(backend="cpu", isa=self.isa)
+        return backends.use(backend=self.backend, isa=self.isa)
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Problem:
-    """One case in one dtype. ``unit`` is that of ``Implementation.work``: ``"FLOP"`` or ``"B"``."""
+    """One case in one dtype. ``unit`` is that of ``Implementation.work``: ``"FLOP"``, ``"B"`` or ``"pair"``."""
 
     implementations: tuple[Implementation, ...]
     findings: tuple[Finding, ...] = ()
@@ -140,6 +142,7 @@ class Case:
         dtypes: those that run unless ``--dtype`` says otherwise.
         seconds: how long to measure; at least ``MIN_ROUNDS`` rounds run however long they take.
         default: whether it runs when no case is asked for.
+        build_on_gpu: ``build`` with the inputs on a GPU; None where rankernel has no kernels for one.
     """
 
     name: str
@@ -148,6 +151,7 @@ class Case:
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)
     seconds: float = 5.0
     default: bool = False
+    build_on_gpu: Callable[[torch.dtype], Problem] | None = None
 
 
 @dataclass
@@ -158,7 +162,7 @@ class Result:
         samples: seconds per call, at least one entry a round.
         calls_per_sample: how many calls each sample is the mean of; more than 1 for calls shorter than a millisecond.
         first_call: seconds that the very first call took: compilation, page faults, lazy loading.
-        peak_bytes: extra resident memory during one call, its output included; None where it cannot be measured.
+        peak_bytes: extra memory during one call, its output included; None where it cannot be measured.
         error, allowed: largest absolute error and the largest one that matches; None where nothing is expected.
         failed: why there is no measurement.
     """
@@ -205,7 +209,7 @@ def for_isas(implementations: Sequence[Implementation], isas: Sequence[str]) -> 
     """The same rows, with those of rankernel once per instruction set."""
     rows: list[Implementation] = []
     for implementation in implementations:
-        if implementation.native_op is None or not isas:
+        if implementation.native_op is None or implementation.backend != "cpu" or not isas:
             rows.append(implementation)
         else:
             rows += [replace(implementation, isa=isa) for isa in isas]
@@ -250,6 +254,7 @@ def _prepare(result: Result) -> Call:
         call = implementation.build()
         begin = time.perf_counter()
         output = call()
+        _wait_for_gpu()
         result.first_call = time.perf_counter() - begin
         if implementation.expected is not None:
             if output is None:
@@ -263,6 +268,7 @@ def _prepare(result: Result) -> Call:
             nonlocal spent, calls
             begin = time.perf_counter()
             output = call()
+            _wait_for_gpu()
             spent += time.perf_counter() - begin
             calls += 1
             return output
@@ -286,13 +292,21 @@ def _sample(call: Call, calls: int) -> float:
     if calls == 1:
         begin = time.perf_counter()
         output = call()
+        _wait_for_gpu()
         end = time.perf_counter()
         del output  # freeing the output is not part of the call
         return end - begin
     begin = time.perf_counter()
     for _ in range(calls):
         call()
+    _wait_for_gpu()
     return (time.perf_counter() - begin) / calls
+
+
+def _wait_for_gpu() -> None:
+    """Until everything launched is done, where this process uses a GPU at all."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 @contextlib.contextmanager
@@ -306,13 +320,20 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def peak_memory(call: Call) -> int | None:
-    """Bytes by which the resident memory of this process rises at most during ``call``; always calls it.
+    """Bytes by which the memory of this process rises at most during ``call``; always calls it.
+
+    Where it uses a GPU, this is what PyTorch's allocator hands out there; else it is the resident memory.
 
     Memory that the allocator holds free is handed back first (``malloc_trim``), then the kernel's high-water mark is
     set to what is resident now (``/proc/self/clear_refs``, proc(5)). Memory that an implementation already keeps
     between calls is not seen. None where the system does not offer this.
     """
     gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+        allocated = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - allocated
     before = _reset_peak()
     output = call()
     peak = None if before is None else max(0, _status("VmHWM") - before)

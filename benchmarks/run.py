@@ -57,7 +57,7 @@ def main() -> int:
     good = True
     for op, case in selected:
         for dtype in arguments.dtype or [_name(dtype) for dtype in case.dtypes]:
-            problem = case.build(DTYPES[dtype])
+            problem = _build(case, dtype, arguments)
             results = _run_case(f"{op}/{case.name} {dtype}", problem, case, arguments)
             print(f"\n{op}/{case.name} {dtype}: {case.shape}")
             if not results:
@@ -81,8 +81,12 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Benchmarks of rankernel against named peers.", epilog=EPILOG)
     parser.add_argument("--op", type=_names, help=f"of {', '.join(MODULES)}")
     parser.add_argument("--case", type=_names, help="by default those that --list marks with *")
+    parser.add_argument("--all", action="store_true", help="run all cases of the ops")
     parser.add_argument("--impl", type=_names, help="by default all")
     parser.add_argument("--dtype", type=_names, help=f"of {', '.join(DTYPES)}; by default those of the case")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda runs only the ops that have GPU kernels"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of all libraries")
     parser.add_argument("--isa", type=_names, default=[], help="to run the kernels with; by default the best")
     parser.add_argument("--csv", type=Path, help="file to write, one measurement a row")
@@ -97,6 +101,8 @@ def _parse() -> argparse.Namespace:
             parser.error(f"{option}: expected some of {', '.join(known)}, got {', '.join(unknown)}")
     if arguments.threads < 1:
         parser.error(f"--threads: expected at least 1, got {arguments.threads}")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device: cuda is asked for, and PyTorch sees no CUDA device")
     if not any(_cases(arguments).values()):
         parser.error(f"--case: no case matches {', '.join(arguments.case or ['*'])}; --list shows all")
     return arguments
@@ -110,8 +116,10 @@ def _cases(arguments: argparse.Namespace) -> dict[str, list[Case]]:
     """The selected cases of every selected op."""
 
     def wanted(case: Case) -> bool:
+        if arguments.device == "cuda" and case.build_on_gpu is None:
+            return False
         if arguments.case is None:
-            return case.default or arguments.list
+            return case.default or arguments.all or arguments.list
         return any(fnmatch.fnmatchcase(case.name, pattern) for pattern in arguments.case)
 
     return {
@@ -120,12 +128,20 @@ def _cases(arguments: argparse.Namespace) -> dict[str, list[Case]]:
     }
 
 
+def _build(case: Case, dtype: str, arguments: argparse.Namespace) -> Problem:
+    build = case.build_on_gpu if arguments.device == "cuda" else case.build
+    assert build is not None, case.name  # _cases leaves such cases out
+    return build(DTYPES[dtype])
+
+
 def _list(arguments: argparse.Namespace) -> None:
     for op, cases in _cases(arguments).items():
         for case in cases:
             dtypes = ", ".join(_name(dtype) for dtype in case.dtypes)
             print(f"{op}/{case.name}{' *' if case.default else ''}  ({dtypes})\n    {case.shape}")
-            names = [implementation.name for implementation in case.build(case.dtypes[0]).implementations]
+            names = [
+                implementation.name for implementation in _build(case, _name(case.dtypes[0]), arguments).implementations
+            ]
             print(f"    {', '.join(names)}")
     print("\n* runs when no case is asked for")
 
@@ -158,6 +174,7 @@ def machine(arguments: argparse.Namespace) -> dict[str, str]:
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "cpu": _cpu_model(),
+        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu",
         "cpus": str(os.cpu_count()),
         "threads": str(arguments.threads),
         "load": f"{os.getloadavg()[0]:.2f}",
@@ -173,6 +190,8 @@ def machine(arguments: argparse.Namespace) -> dict[str, str]:
 
 def _print_header(header: dict[str, str]) -> None:
     print(f"{header['cpu']}, {header['cpus']} CPUs, {header['threads']} threads, load {header['load']}")
+    if header["device"] != "cpu":
+        print(f"on the GPU: {header['device']}")
     versions = ", ".join(f"{name} {header[name]}" for name in ("rankernel", "git", "torch", "python"))
     print(f"{versions}, {header['system']}, {header['date']}")
     for op in backends.OPS:
@@ -208,7 +227,7 @@ def _print_table(problem: Problem, results: Sequence[Result]) -> None:
     columns = [("", "implementation"), ("", "median"), ("", "p20"), ("", "p80"), ("", "samples")]
     with_rate = any(result.rate for result in measured)
     if with_rate:
-        columns.append(("useful", "GFLOP/s" if problem.unit == "FLOP" else "GB/s"))
+        columns.append(("useful", f"G{problem.unit}/s"))
     if yardstick:
         columns.append(("of", "matmul"))
     columns += [("peak", "MB"), ("largest", "error"), ("", "match")]
@@ -218,7 +237,7 @@ def _print_table(problem: Problem, results: Sequence[Result]) -> None:
         p20, median, p80 = result.percentiles
         cells = [result.implementation.label, *map(_seconds, (median, p20, p80)), str(len(result.samples))]
         if with_rate:
-            cells.append("-" if result.rate is None else f"{result.rate / 1e9:.1f}")
+            cells.append("-" if result.rate is None else f"{result.rate / 1e9:.2f}")
         if yardstick:
             fraction = _fraction(result, yardstick)
             cells.append("-" if fraction is None else f"{fraction:.2f}")
@@ -283,7 +302,9 @@ def _rows(op: str, case: Case, dtype: str, problem: Problem, results: Sequence[R
     for result in results:
         implementation = result.implementation
         isa = ""
-        if implementation.native_op:
+        if implementation.native_op and implementation.backend != "cpu":
+            isa = implementation.backend
+        elif implementation.native_op:
             with implementation.context():
                 isa = backends.active_isa(implementation.native_op, DTYPES[dtype])
         rows += [

@@ -22,7 +22,7 @@ HEADER = {
 }  # fmt: skip
 MEASURED = {"median", "p20", "p80", "first_call", "samples", "calls_per_sample"}
 # Compilation takes most of a minute, so only the slow test below has it.
-NOT_COMPILED = "rankernel,attached,SDPA,dense,blocks,PyTorch"
+NOT_COMPILED = "rankernel,attached,SDPA,dense,blocks,PyTorch,formulation"
 OTHER_MASK = "SDPA causal (other mask)"
 
 Rows = list[dict[str, str]]
@@ -73,7 +73,13 @@ def check_structure(output: str, rows: Rows) -> None:
 def test_list_names_every_op_and_runs_nothing() -> None:
     done = run("--list")
     assert done.returncode == 0, done.stderr
-    for text in ("block_attention/100-documents", "document_scores/", "model/100-documents", "FlexAttention compiled"):
+    for text in (
+        "block_attention/100-documents",
+        "document_scores/",
+        "listwise_loss/",
+        "model/100-documents",
+        "FlexAttention compiled",
+    ):
         assert text in done.stdout
     assert "median" not in done.stdout
 
@@ -102,6 +108,25 @@ def test_document_scores(tmp_path: Path) -> None:
     }
 
 
+def test_listwise_loss(tmp_path: Path) -> None:
+    output, rows = measure_tiny(tmp_path, "--op", "listwise_loss", "--case", "tiny-*", "--impl", NOT_COMPILED)
+    check_structure(output, rows)
+    matches = values(rows, "match")
+    assert set(matches.values()) == {"1"}
+    kinds = ("ranknet", "ndcg-loss2pp", "listmle", "approx-ndcg", "neural-ndcg")
+    assert {case for case, _, _ in matches} == {f"tiny-{kind}" for kind in kinds}
+    names = {name for case, _, name in matches if case == "tiny-ranknet"}
+    assert names == {"rankernel", "eager PyTorch", "allRank formulation", "sentence-transformers formulation"}
+
+
+def test_pairs_of_graded_labels_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    inputs = importlib.import_module("cases.listwise_loss").Inputs
+    for graded in (False, True):
+        batch = inputs((3, 11), graded, torch.float32, "cpu")
+        assert batch.pairs == int((batch.labels[:, :, None] > batch.labels[:, None, :]).sum())
+
+
 def test_model(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     output, rows = measure_tiny(tmp_path, "--op", "model", "--case", "tiny*", "--dtype", "float32")
@@ -120,7 +145,8 @@ def test_isas_run_side_by_side(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_compiled_peers(tmp_path: Path) -> None:
-    arguments = ("--op", "block_attention,document_scores", "--case", "tiny*", "--impl", "compiled,rankernel")
+    ops = "block_attention,document_scores,listwise_loss"
+    arguments = ("--op", ops, "--case", "tiny,tiny-logsumexp,tiny-mass,tiny-ranknet", "--impl", "compiled,rankernel")
     output, rows = measure_tiny(tmp_path, *arguments, "--dtype", "float32")
     check_structure(output, rows)
     assert set(values(rows, "match").values()) == {"1"}
@@ -135,6 +161,11 @@ def test_compiled_peers(tmp_path: Path) -> None:
         (["--case", "nothing"], "no case matches nothing"),
         (["--dtype", "int8"], "--dtype: expected some of float32"),
         (["--isa", "neon"], "--isa: expected some of scalar"),
+        pytest.param(
+            ["--device", "cuda"],
+            "--device: cuda is asked for, and PyTorch sees no CUDA device",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
         (["--threads", "0"], "--threads: expected at least 1, got 0"),
     ],
 )

@@ -72,9 +72,16 @@ struct SinkhornStep {
   double *gradient, *plain, *weighted;
 };
 
+// ranks[i] = number of keys that are less than keys[i], or equal and earlier. kPadding keys behind the last may be
+// read.
+using CountRanks = void (*)(const uint32_t* keys, int64_t n, int32_t* ranks);
+
 struct ListwiseKernels {
+  CountRanks count_ranks;
   // Adds the pairs of the rows [begin, end) to sums[num_items] and returns their loss.
   double (*pairs)(const PairTask&, int64_t begin, int64_t end, double* sums);
+  // Smallest and largest of x.
+  void (*extent)(const float* x, int64_t n, float* low, float* high);
   // out = exp(scale (x - shift)); returns its sum.
   double (*exponentials)(const float* x, int64_t n, float shift, float scale, float* out);
   // softplus(-x) and sigmoid(-x)

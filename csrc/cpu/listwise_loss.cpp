@@ -77,9 +77,9 @@ int64_t cutoff(const Context& c, int64_t n) {
   return c.settings.k > 0 ? std::min(static_cast<int64_t>(c.settings.k), n) : n;
 }
 
-const int32_t* order_of(const float* values, const List& list, Arena& arena) {
+const int32_t* order_of(const Context& c, const float* values, const List& list, Arena& arena) {
   int32_t* const order = arena.take<int32_t>(list.n);
-  order_descending(values, list.n, list.num_threads, arena, order);
+  order_descending(values, list.n, list.num_threads, c.kernels.count_ranks, arena, order);
   return order;
 }
 
@@ -97,8 +97,8 @@ struct ByLabel {
   int64_t pairs;
 };
 
-ByLabel by_label(const List& list, Arena& arena) {
-  const int32_t* const order = order_of(list.labels, list, arena);
+ByLabel by_label(const Context& c, const List& list, Arena& arena) {
+  const int32_t* const order = order_of(c, list.labels, list, arena);
   const float* const labels = gather(list.labels, order, list.n, arena);
   int32_t* const first = arena.take<int32_t>(list.n);
   int64_t pairs = 0;
@@ -131,8 +131,8 @@ double ideal_dcg(const double* falling_gains, int64_t k) {
 }
 
 // Rank by score, from 1, of the items in the order of their labels.
-float* predicted_ranks(const List& list, const ByLabel& sorted, Arena& arena) {
-  const int32_t* const order = order_of(list.scores, list, arena);
+float* predicted_ranks(const Context& c, const List& list, const ByLabel& sorted, Arena& arena) {
+  const int32_t* const order = order_of(c, list.scores, list, arena);
   float* const rank_of_item = take_floats(arena, list.n);
   for (int64_t r = 0; r < list.n; ++r) rank_of_item[order[r]] = static_cast<float>(r + 1);
   return gather(rank_of_item, sorted.order, list.n, arena);
@@ -194,10 +194,11 @@ struct Exponentials {
 Exponentials exponentials_of(const Context& c, const float* scores, int64_t n, double sigma, double limit,
                              Arena& arena) {
   Exponentials result;
-  const auto [low, high] = std::minmax_element(scores, scores + n);
-  result.range = sigma * (static_cast<double>(*high) - static_cast<double>(*low));
+  float low, high;
+  c.kernels.extent(scores, n, &low, &high);
+  result.range = sigma * (static_cast<double>(high) - static_cast<double>(low));
   if (!(result.range <= limit)) return result;
-  const double middle = (static_cast<double>(*high) + static_cast<double>(*low)) / 2;
+  const double middle = (static_cast<double>(high) + static_cast<double>(low)) / 2;
   float *const exponents = take_floats(arena, n), *const rests = take_floats(arena, n);
   result.up = take_floats(arena, n);
   result.down = take_floats(arena, n);
@@ -207,16 +208,15 @@ Exponentials exponentials_of(const Context& c, const float* scores, int64_t n, d
     rests[i] = static_cast<float>(exact - static_cast<double>(exponents[i]));
   }
   c.kernels.exponentials(exponents, n, 0.0f, 1.0f, result.up);
-  c.kernels.exponentials(exponents, n, 0.0f, -1.0f, result.down);
   for (int64_t i = 0; i < n; ++i) {
     result.up[i] += result.up[i] * rests[i];
-    result.down[i] -= result.down[i] * rests[i];
+    result.down[i] = 1.0f / result.up[i];
   }
   return result;
 }
 
 Result ranknet(const Context& c, const List& list, Arena& arena, double* grad) {
-  const ByLabel sorted = by_label(list, arena);
+  const ByLabel sorted = by_label(c, list, arena);
   PairTask task = pair_task(c, PairTerm::kOne, list, sorted);
   // Four factors of at most 1 + e^20 fit a float.
   constexpr double kLimit = 20.0, kFloatBits = 120.0;
@@ -231,10 +231,10 @@ Result ranknet(const Context& c, const List& list, Arena& arena, double* grad) {
 }
 
 Result weighted_ranknet(const Context& c, const List& list, Arena& arena, double* grad) {
-  const ByLabel sorted = by_label(list, arena);
+  const ByLabel sorted = by_label(c, list, arena);
   PairTask task = pair_task(c, PairTerm::kInverseRanks, list, sorted);
   if (c.settings.option != 0.0) {
-    task.a = predicted_ranks(list, sorted, arena);
+    task.a = predicted_ranks(c, list, sorted, arena);
   } else {  // of the labels; equal ones share the best
     float* const ranks = take_floats(arena, list.n);
     for (int64_t i = 0; i < list.n; ++i)
@@ -245,7 +245,7 @@ Result weighted_ranknet(const Context& c, const List& list, Arena& arena, double
 }
 
 Result soft_ranknet(const Context& c, const List& list, Arena& arena, double* grad) {
-  ByLabel sorted = by_label(list, arena);
+  ByLabel sorted = by_label(c, list, arena);
   sorted.first = all_pairs(list.n, arena);
   PairTask task = pair_task(c, PairTerm::kSoft, list, sorted);
   task.a = sorted.labels;
@@ -278,7 +278,7 @@ int64_t count_pairs(const float* inside, const int32_t* first, int64_t n, bool e
 Result ndcg_weighted(const Context& c, const List& list, Arena& arena, double* grad) {
   const ListwiseSettings& settings = c.settings;
   const bool first_loss = c.args.kind == ListwiseKind::kNdcgLoss1, either = settings.option != 0.0;
-  ByLabel sorted = by_label(list, arena);
+  ByLabel sorted = by_label(c, list, arena);
   if (first_loss) sorted.first = all_pairs(list.n, arena);
   const PairTerm term = first_loss                                 ? PairTerm::kBothWays
                         : c.args.kind == ListwiseKind::kLambdaRank ? PairTerm::kAbsolute
@@ -288,7 +288,7 @@ Result ndcg_weighted(const Context& c, const List& list, Arena& arena, double* g
   const double* const gains = gains_of(sorted.labels, n, arena);
   const double ideal = ideal_dcg(gains, k);
   if (!(ideal > 0.0)) return {};
-  const float* const ranks = predicted_ranks(list, sorted, arena);
+  const float* const ranks = predicted_ranks(c, list, sorted, arena);
   float *const a = take_floats(arena, n), *const b = take_floats(arena, n), *const inside = take_floats(arena, n);
   int64_t num_inside = 0;
   double diagonal = 0.0;
@@ -319,8 +319,8 @@ Result ndcg_weighted(const Context& c, const List& list, Arena& arena, double* g
 }
 
 Result lipo(const Context& c, const List& list, Arena& arena, double* grad) {
-  const ByLabel sorted = by_label(list, arena);
-  const float* const ranks = predicted_ranks(list, sorted, arena);
+  const ByLabel sorted = by_label(c, list, arena);
+  const float* const ranks = predicted_ranks(c, list, sorted, arena);
   float *const a = take_floats(arena, list.n), *const b = take_floats(arena, list.n);
   float* const inside = take_floats(arena, list.n);
   for (int64_t i = 0; i < list.n; ++i) {
@@ -337,12 +337,12 @@ Result lipo(const Context& c, const List& list, Arena& arena, double* grad) {
 
 Result dcg_lambda(const Context& c, const List& list, Arena& arena, double* grad) {
   const bool relative = c.args.kind == ListwiseKind::kDcg2Lambda;
-  const ByLabel sorted = by_label(list, arena);
+  const ByLabel sorted = by_label(c, list, arena);
   const int64_t n = list.n, k = cutoff(c, n);
   const double* const gains = gains_of(sorted.labels, n, arena);
   const double ideal = ideal_dcg(gains, k);
   const double scale = static_cast<double>(n) / (c.settings.option != 0.0 && ideal > 0.0 ? ideal : 1.0);
-  const float* const ranks = predicted_ranks(list, sorted, arena);
+  const float* const ranks = predicted_ranks(c, list, sorted, arena);
   float *const a = take_floats(arena, n), *const b = take_floats(arena, n), *const inside = take_floats(arena, n);
   for (int64_t i = 0; i < n; ++i) {
     const int64_t rank = static_cast<int64_t>(ranks[i]);
@@ -363,7 +363,7 @@ Result dcg_lambda(const Context& c, const List& list, Arena& arena, double* grad
 }
 
 Result skip_ranknet(const Context& c, const List& list, Arena& arena, double* grad) {
-  const ByLabel sorted = by_label(list, arena);
+  const ByLabel sorted = by_label(c, list, arena);
   const int64_t n = list.n;
   const float sigma = static_cast<float>(c.settings.sigma), margin = static_cast<float>(c.settings.margin);
   float *const x = take_floats(arena, n), *const softplus = take_floats(arena, n);
@@ -682,13 +682,13 @@ void order_keys(const uint64_t* keys, int64_t n, int32_t* order) {
 
 Result listmle(const Context& c, const List& list, Arena& arena, double* grad) {
   const int64_t n = list.n, k = cutoff(c, n);
-  const int32_t* order = order_of(list.labels, list, arena);
+  const int32_t* order = order_of(c, list.labels, list, arena);
   if (c.settings.option != 0.0) {  // shuffle first: equal labels then stand in random order
     uint64_t* const keys = arena.take<uint64_t>(n);
     int32_t *const shuffled = arena.take<int32_t>(n), *const composed = arena.take<int32_t>(n);
     for (int64_t i = 0; i < n; ++i) keys[i] = ~uint64_t{philox(list.seed, 0, static_cast<uint32_t>(i))};
     order_keys(keys, n, shuffled);
-    order = order_of(gather(list.labels, shuffled, n, arena), list, arena);
+    order = order_of(c, gather(list.labels, shuffled, n, arena), list, arena);
     for (int64_t r = 0; r < n; ++r) composed[r] = shuffled[order[r]];
     order = composed;
   }
@@ -698,7 +698,7 @@ Result listmle(const Context& c, const List& list, Arena& arena, double* grad) {
 
 Result p_listmle(const Context& c, const List& list, Arena& arena, double* grad) {
   const int64_t n = list.n;
-  const int32_t* const order = order_of(list.labels, list, arena);
+  const int32_t* const order = order_of(c, list.labels, list, arena);
   PlackettLuce model(c, gather(list.scores, order, n, arena), n, list.num_threads, arena);
   // 2^(n - rank) - 1, or that over its sum 2^n - 1 - n, counted in units of 2^n, where nothing overflows.
   const double unit = std::exp2(-static_cast<double>(n)), sum = 1.0 - static_cast<double>(n + 1) * unit;
@@ -712,7 +712,7 @@ Result p_listmle(const Context& c, const List& list, Arena& arena, double* grad)
 
 Result pg_rank(const Context& c, const List& list, Arena& arena, double* grad) {
   const int64_t n = list.n, k = cutoff(c, n), samples = static_cast<int64_t>(c.settings.count);
-  const int32_t* const by_labels = order_of(list.labels, list, arena);
+  const int32_t* const by_labels = order_of(c, list.labels, list, arena);
   const double* const falling = gains_of(gather(list.labels, by_labels, n, arena), n, arena);
   const double ideal = ideal_dcg(falling, k);
   if (!(ideal > 0.0)) return {};
@@ -782,7 +782,7 @@ void smooth_gradient(const Context& c, PairTask task, const double* slopes, cons
 
 Result approx_ndcg(const Context& c, const List& list, Arena& arena, double* grad) {
   const int64_t n = list.n;
-  const int32_t* const order = order_of(list.labels, list, arena);
+  const int32_t* const order = order_of(c, list.labels, list, arena);
   const double* const gains = gains_of(gather(list.labels, order, n, arena), n, arena);
   const double ideal = ideal_dcg(gains, n);
   if (!(ideal > 0.0)) return {};
@@ -834,7 +834,7 @@ Result approx_mrr(const Context& c, const List& list, Arena& arena, double* grad
 // floats an iteration.
 Result neural_ndcg(const Context& c, const List& list, Arena& arena, double* grad) {
   const int64_t n = list.n, k = cutoff(c, n), limit = static_cast<int64_t>(c.settings.count);
-  const int32_t* const order = order_of(list.labels, list, arena);
+  const int32_t* const order = order_of(c, list.labels, list, arena);
   const double* const falling = gains_of(gather(list.labels, order, n, arena), n, arena);
   const double ideal = ideal_dcg(falling, k);
   if (!(ideal > 0.0)) return {};
@@ -936,7 +936,7 @@ Result soft_topk(const Context& c, const List& list, Arena& arena, double* grad)
   if (static_cast<double>(n) <= k || positives == 0) return {};
   // sum z - k, as the z of the items below the best k minus the 1 - z of those: the ones of the sum cancel beforehand,
   // so that a wide gap between the two groups, where z is all but 0 or 1, still has its middle found.
-  const int32_t* const order = order_of(list.scores, list, arena);
+  const int32_t* const order = order_of(c, list.scores, list, arena);
   float* const falling = gather(list.scores, order, n, arena);
   const int64_t best = static_cast<int64_t>(k);
   // Measured from the middle between the best k and the rest, where t and the scores that matter are small and exact.
@@ -995,7 +995,7 @@ Result groco(const Context& c, const List& list, Arena& arena, double* grad) {
   if (s.num_positives == 0 || s.num_others == 0) return {};
   const auto rising = [&](const float* scores, int64_t n, int64_t keep, const int32_t* index, double* x, int32_t* at) {
     const List items{n, scores, nullptr, 0, 1};
-    const int32_t* const order = order_of(scores, items, arena);
+    const int32_t* const order = order_of(c, scores, items, arena);
     for (int64_t r = 0; r < keep; ++r) {
       x[keep - 1 - r] = static_cast<double>(scores[order[r]]);
       at[keep - 1 - r] = index[order[r]];

@@ -327,6 +327,19 @@ inline double sum_over(int64_t n, Function f) {
   return sum;
 }
 
+void extent(const float* x, int64_t n, float* low, float* high) {
+  const Vec nothing = set1(kNegativeInfinity);
+  Vec lowest = nothing, highest = nothing;  // the lowest with its sign turned
+  for (int64_t i = 0; i < n; i += kWidth) {
+    const int lanes = static_cast<int>(smaller(n - i, int64_t{kWidth}));
+    const Vec part = load_partial(x + i, lanes);
+    lowest = max(lowest, keep(sub(zero(), part), 0, lanes, nothing));
+    highest = max(highest, keep(part, 0, lanes, nothing));
+  }
+  *low = -reduce_max(lowest);
+  *high = reduce_max(highest);
+}
+
 double exponentials(const float* x, int64_t n, float shift, float scale, float* out) {
   return sum_over(n, [=](int64_t i, int lanes) {
     const Vec e = exp(mul(set1(scale), sub(load_partial(x + i, lanes), set1(shift))));
@@ -419,6 +432,29 @@ void sinkhorn_back(const SinkhornMatrix& m, const SinkhornStep& s) {
   }
 }
 
+// Sixteen keys at a time against every key, in the compiler's own vectors, which fit any instruction set. `keys` has
+// sixteen to spare.
+void count_ranks(const uint32_t* keys, int64_t n, int32_t* ranks) {
+  constexpr int kKeys = 16;
+  using Keys = uint32_t __attribute__((vector_size(4 * kKeys)));
+  using Counts = int32_t __attribute__((vector_size(4 * kKeys)));
+  const Counts lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  for (int64_t block = 0; block < n; block += kKeys) {
+    Keys mine;
+    __builtin_memcpy(&mine, keys + block, sizeof mine);
+    const int64_t end = smaller(block + kKeys, n);
+    Counts counts = {0};  // a comparison that holds is -1
+    for (int64_t j = 0; j < block; ++j) counts -= keys[j] <= mine;
+    for (int64_t j = block; j < end; ++j)
+      counts -= (keys[j] < mine) | ((keys[j] == mine) & (static_cast<int32_t>(j - block) < lane));
+    for (int64_t j = end; j < n; ++j) counts -= keys[j] < mine;
+    int32_t of_block[kKeys];
+    __builtin_memcpy(of_block, &counts, sizeof counts);
+    for (int64_t i = block; i < end; ++i) ranks[i] = of_block[i - block];
+  }
+}
+
 inline ListwiseKernels kernels() {
-  return {pairs, exponentials, logistic_of, sigmoid_sum, sinkhorn, sinkhorn_columns, sinkhorn_back};
+  return {count_ranks, pairs,    extent,           exponentials, logistic_of,
+          sigmoid_sum, sinkhorn, sinkhorn_columns, sinkhorn_back};
 }

@@ -8,6 +8,8 @@
 #include <new>
 #include <vector>
 
+#include "listwise_kernels.h"
+
 namespace rankernel {
 
 // Work memory that is handed out in order and taken back all at once; blocks are kept for the next list.
@@ -30,7 +32,7 @@ class Arena {
   }
 
  private:
-  static constexpr size_t kLine = 64, kBlock = size_t{1} << 18;
+  static constexpr size_t kLine = 64, kBlock = size_t{1} << 16;  // below the size at which malloc asks the system
   struct Free {
     void operator()(char* p) const { ::operator delete[](p, std::align_val_t(kLine)); }
   };
@@ -56,6 +58,7 @@ void parallel_for(int num_threads, int64_t count, Function f) {
 
 // order[r] = index of the value of rank r, the lower index first among equal values (-0 equals 0). NaN have a place
 // too. The result does not depend on the number of threads.
-void order_descending(const float* values, int64_t n, int num_threads, Arena& arena, int32_t* order);
+void order_descending(const float* values, int64_t n, int num_threads, CountRanks count_ranks, Arena& arena,
+                      int32_t* order);
 
 }  // namespace rankernel
