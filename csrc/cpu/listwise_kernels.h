@@ -62,13 +62,12 @@ struct SinkhornMatrix {
   bool stored, filled;  // filled: the first pass is done
 };
 
-// One step back through the scalings: with x_ij = factor_i h_j u_i K_ij v_j and y_ij = -open_i g_i u_i K_ij v_before_j,
-// g_i = carry_i + sum_j x_ij, this adds to gradient_j the sums over i of y_ij (and x_ij if direct), to plain_j those of
-// x_ij + y_ij and to weighted_j those of (n + 1 - 2 i)(x_ij + y_ij), and leaves g_i in carry_i where row i is not open.
+// One step back through the scalings: with x_ij = factor_i h_j u_i K_ij v_j, g_i = sum_j x_ij and y_ij = -g_i u_i K_ij
+// v_before_j, this adds to gradient_j the sums over i of y_ij (and x_ij if direct), to plain_j those of x_ij + y_ij and
+// to weighted_j those of (n + 1 - 2 i)(x_ij + y_ij).
 struct SinkhornStep {
-  const float *factor, *h, *v, *u, *v_before, *open;
+  const float *factor, *h, *v, *u, *v_before;
   bool direct;
-  float* carry;
   double *gradient, *plain, *weighted;
 };
 
@@ -88,10 +87,8 @@ struct ListwiseKernels {
   void (*logistic)(const float* x, int64_t n, float* softplus, float* sigmoid);
   // sum of sigmoid(sigma (x + shift))
   double (*sigmoid_sum)(const float* x, int64_t n, float sigma, float shift);
-  // u_i = u_before_i / max(u_before_i r_i, least), r_i = sum_j K_ij v_j (1 / r_i without u_before); columns_j = sum_i
-  // u_i K_ij. Returns the largest |u_i r_i - 1|.
-  float (*sinkhorn)(const SinkhornMatrix&, const float* u_before, const float* v, float least, float* u,
-                    double* columns);
+  // u_i = 1 / sum_j K_ij v_j; columns_j = sum_i u_i K_ij.
+  void (*sinkhorn)(const SinkhornMatrix&, const float* v, float* u, double* columns);
   // columns_j = sum_i weights_i K_ij
   void (*sinkhorn_columns)(const SinkhornMatrix&, const float* weights, double* columns);
   void (*sinkhorn_back)(const SinkhornMatrix&, const SinkhornStep&);

@@ -28,7 +28,8 @@ constexpr int64_t kScanBlock = 128;     // items that share a maximum
 constexpr double kScanRange = 60.0;     // and whose exponentials may be this far apart, in units of log e
 constexpr int64_t kStoredMatrix = 128;  // items of a list whose NeuralSort matrix, 64 KiB, is kept for its passes
 constexpr double kSerialWork = 4e4;     // pairs or so that are not worth waking threads for
-constexpr double kLeast = 1e-10;        // smallest ideal DCG and Sinkhorn sum that is divided by, as published
+constexpr double kLeast = 1e-10;        // smallest ideal DCG that is divided by, as published
+constexpr double kLeastColumn = 1e-30;  // a column that rounding has emptied stays empty, and finite
 
 // One list's valid items, in their order. Arrays have padding behind them.
 struct List {
@@ -829,8 +830,9 @@ Result approx_mrr(const Context& c, const List& list, Arena& arena, double* grad
   return {loss, 1};
 }
 
-// NeuralSort's matrix, Sinkhorn-scaled: P_t = diag(u_t) K diag(v_t). Columns, then rows, are divided by their sums, but
-// by no less than kLeast, until both are 1 within the tolerance. The gradient goes back through the scalings kept: O(n)
+// NeuralSort's matrix, Sinkhorn-scaled: P_t = diag(u_t) K diag(v_t). Columns, then rows, are divided by their sums
+// until both are 1 within the tolerance. The published clamp of these sums at 1e-10 never acts: every item is the
+// largest of some row, so that no sum falls below 1 / n^2. The gradient goes back through the scalings kept: O(n)
 // floats an iteration.
 Result neural_ndcg(const Context& c, const List& list, Arena& arena, double* grad) {
   const int64_t n = list.n, k = cutoff(c, n), limit = static_cast<int64_t>(c.settings.count);
@@ -858,7 +860,6 @@ Result neural_ndcg(const Context& c, const List& list, Arena& arena, double* gra
       n,      scores, spread, static_cast<float>(1.0 / c.settings.temperature), take_floats(arena, stored ? n * n : n),
       stored, false};
 
-  const float least = static_cast<float>(kLeast);
   std::vector<float*> u, v;
   double* const columns = arena.take<double>(n);
   const auto next_scaling = [&](std::vector<float*>& all) {
@@ -866,30 +867,23 @@ Result neural_ndcg(const Context& c, const List& list, Arena& arena, double* gra
     return all.back();
   };
   std::fill_n(next_scaling(v), n, 1.0f);
-  c.kernels.sinkhorn(matrix, nullptr, v[0], least, next_scaling(u), columns);
+  c.kernels.sinkhorn(matrix, v[0], next_scaling(u), columns);
   matrix.filled = stored;
   for (int64_t t = 1; t <= limit; ++t) {
-    const float* const v_before = v.back();
     float* const v_now = next_scaling(v);
-    // A column without any mass keeps none whatever its scaling: keep that finite.
+    for (int64_t j = 0; j < n; ++j) v_now[j] = static_cast<float>(1.0 / std::max(columns[j], kLeastColumn));
+    c.kernels.sinkhorn(matrix, v_now, next_scaling(u), columns);
+    double deviation = 0.0;  // of the columns; the rows have just been divided by their sums
     for (int64_t j = 0; j < n; ++j)
-      v_now[j] = std::min(v_before[j] / std::max(v_before[j] * static_cast<float>(columns[j]), least), 1e37f);
-    const float* const u_before = u.back();
-    float deviation = c.kernels.sinkhorn(matrix, u_before, v_now, least, next_scaling(u), columns);
-    for (int64_t j = 0; j < n; ++j) {
-      const double sum = static_cast<double>(v_now[j]) * columns[j];
-      deviation = std::max(deviation, static_cast<float>(std::fabs(sum - 1.0)));
-    }
-    if (deviation < static_cast<float>(c.settings.tolerance)) break;
+      deviation = std::max(deviation, std::fabs(static_cast<double>(v_now[j]) * columns[j] - 1.0));
+    if (deviation < c.settings.tolerance) break;
   }
 
   // dL/dP_ij = -discount_i gain_j / ideal, then back: a scaling 1 / sum passes -(its gradient) times the entries it
-  // scales; one that was divided by kLeast passes its gradient to the scaling before.
-  float *const factor = take_floats(arena, n), *const h = take_floats(arena, n), *const open = take_floats(arena, n);
-  float* const carry = take_floats(arena, n);
+  // scales.
+  float *const factor = take_floats(arena, n), *const h = take_floats(arena, n);
   double *const gradient = arena.take<double>(n), *const plain = arena.take<double>(n);
   double *const weighted = arena.take<double>(n), *const mass = arena.take<double>(n), loss = 0.0;
-  std::fill_n(carry, n, 0.0f);
   for (double* const sums : {gradient, plain, weighted}) std::fill_n(sums, n, 0.0);
   for (int64_t r = 0; r < n; ++r) h[order[r]] = static_cast<float>(-falling[r] / ideal);
   for (int64_t i = 0; i < n; ++i) factor[i] = i < k ? static_cast<float>(discount(i + 1)) : 0.0f;
@@ -903,18 +897,13 @@ Result neural_ndcg(const Context& c, const List& list, Arena& arena, double* gra
   }
   for (size_t level = last + 1; level-- > 0;) {
     const bool direct = level == last;
-    const size_t above = direct ? last : level + 1;
     if (!direct) {
-      for (int64_t j = 0; j < n; ++j) {
-        const bool column_open = v[above][j] != v[level][j] / least && v[above][j] != 1e37f;
-        h[j] = column_open ? static_cast<float>(-gradient[j]) : 0.0f;
-        if (column_open) gradient[j] = 0.0;
-      }
+      for (int64_t j = 0; j < n; ++j) h[j] = static_cast<float>(-gradient[j]);
+      std::fill_n(gradient, n, 0.0);
       std::fill_n(factor, n, 1.0f);
     }
-    for (int64_t i = 0; i < n; ++i) open[i] = level > 0 && u[level][i] == u[level - 1][i] / least ? 0.0f : 1.0f;
-    c.kernels.sinkhorn_back(matrix,
-                            {factor, h, v[above], u[level], v[level], open, direct, carry, gradient, plain, weighted});
+    const float* const v_above = v[direct ? last : level + 1];
+    c.kernels.sinkhorn_back(matrix, {factor, h, v_above, u[level], v[level], direct, gradient, plain, weighted});
   }
   // z_ij = ((n + 1 - 2 i) s_j - A_j) / T, A_j = sum_k |s_j - s_k|
   float* const spread_slope = take_floats(arena, n);

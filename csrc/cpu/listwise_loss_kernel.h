@@ -388,20 +388,16 @@ inline void add_row(const float* row, int64_t n, float weight, double* columns) 
   for (int64_t j = 0; j < n; ++j) columns[j] += static_cast<double>(weight * row[j]);
 }
 
-float sinkhorn(const SinkhornMatrix& m, const float* u_before, const float* v, float least, float* u, double* columns) {
+void sinkhorn(const SinkhornMatrix& m, const float* v, float* u, double* columns) {
   for (int64_t j = 0; j < m.n; ++j) columns[j] = 0.0;
-  float deviation = 0.0f;
   for (int64_t i = 0; i < m.n; ++i) {
     const float* const row = kernel_row(m, i);
     const auto scaled = [&](int64_t j, int lanes) {
       return mul(load_partial(row + j, lanes), load_partial(v + j, lanes));
     };
-    const float sum = static_cast<float>(sum_over(m.n, scaled));
-    u[i] = u_before ? u_before[i] / larger(u_before[i] * sum, least) : 1.0f / sum;
-    deviation = larger(deviation, __builtin_fabsf(u[i] * sum - 1.0f));
+    u[i] = static_cast<float>(1.0 / sum_over(m.n, scaled));
     add_row(row, m.n, u[i], columns);
   }
-  return deviation;
 }
 
 void sinkhorn_columns(const SinkhornMatrix& m, const float* weights, double* columns) {
@@ -420,9 +416,7 @@ void sinkhorn_back(const SinkhornMatrix& m, const SinkhornStep& s) {
       const Vec mass = mul(mul(u, load_partial(row + j, lanes)), load_partial(s.v + j, lanes));
       return mul(mul(factor, load_partial(s.h + j, lanes)), mass);
     };
-    const float g = s.carry[i] + static_cast<float>(sum_over(m.n, x_of));
-    s.carry[i] = s.open[i] != 0.0f ? 0.0f : g;
-    const float back = -s.open[i] * g * s.u[i];
+    const float back = -static_cast<float>(sum_over(m.n, x_of)) * s.u[i];
     for (int64_t j = 0; j < m.n; ++j) {
       const float x = s.factor[i] * s.h[j] * (s.u[i] * row[j] * s.v[j]), y = back * (row[j] * s.v_before[j]);
       s.gradient[j] += static_cast<double>(s.direct ? x + y : y);
