@@ -131,6 +131,19 @@ double ideal_dcg(const double* falling_gains, int64_t k) {
   return sum;
 }
 
+// Items in the order of their labels, what each place gains, and the DCG of the first k.
+struct IdealOrder {
+  const int32_t* items;
+  const double* gains;
+  double dcg;
+};
+
+IdealOrder ideal_order(const Context& c, const List& list, int64_t k, Arena& arena) {
+  const int32_t* const order = order_of(c, list.labels, list, arena);
+  const double* const gains = gains_of(gather(list.labels, order, list.n, arena), list.n, arena);
+  return {order, gains, ideal_dcg(gains, k)};
+}
+
 // Rank by score, from 1, of the items in the order of their labels.
 float* predicted_ranks(const Context& c, const List& list, const ByLabel& sorted, Arena& arena) {
   const int32_t* const order = order_of(c, list.scores, list, arena);
@@ -713,9 +726,7 @@ Result p_listmle(const Context& c, const List& list, Arena& arena, double* grad)
 
 Result pg_rank(const Context& c, const List& list, Arena& arena, double* grad) {
   const int64_t n = list.n, k = cutoff(c, n), samples = static_cast<int64_t>(c.settings.count);
-  const int32_t* const by_labels = order_of(c, list.labels, list, arena);
-  const double* const falling = gains_of(gather(list.labels, by_labels, n, arena), n, arena);
-  const double ideal = ideal_dcg(falling, k);
+  const auto [by_labels, falling, ideal] = ideal_order(c, list, k, arena);
   if (!(ideal > 0.0)) return {};
   double* const gains = arena.take<double>(n);
   for (int64_t r = 0; r < n; ++r) gains[by_labels[r]] = falling[r];
@@ -783,9 +794,7 @@ void smooth_gradient(const Context& c, PairTask task, const double* slopes, cons
 
 Result approx_ndcg(const Context& c, const List& list, Arena& arena, double* grad) {
   const int64_t n = list.n;
-  const int32_t* const order = order_of(c, list.labels, list, arena);
-  const double* const gains = gains_of(gather(list.labels, order, n, arena), n, arena);
-  const double ideal = ideal_dcg(gains, n);
+  const auto [order, gains, ideal] = ideal_order(c, list, n, arena);
   if (!(ideal > 0.0)) return {};
   const PairTask task = smooth_task(c, list, arena);
   double *const ranks = arena.take<double>(n), *const slopes = arena.take<double>(n);
@@ -836,9 +845,7 @@ Result approx_mrr(const Context& c, const List& list, Arena& arena, double* grad
 // floats an iteration.
 Result neural_ndcg(const Context& c, const List& list, Arena& arena, double* grad) {
   const int64_t n = list.n, k = cutoff(c, n), limit = static_cast<int64_t>(c.settings.count);
-  const int32_t* const order = order_of(c, list.labels, list, arena);
-  const double* const falling = gains_of(gather(list.labels, order, n, arena), n, arena);
-  const double ideal = ideal_dcg(falling, k);
+  const auto [order, falling, ideal] = ideal_order(c, list, k, arena);
   if (!(ideal > 0.0)) return {};
 
   // A shift of all scores changes no row of K; centred, the products (n + 1 - 2 i) s_j round least.
