@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "block_attention.h"
+#include "candidate_logits.h"
 #include "cpu/cpu_features.h"
 #include "cpu/dispatch.h"
 #include "document_scores.h"
@@ -29,6 +30,7 @@ constexpr int kBuiltIsas = kAmxEmulated;
 #endif
 
 using Tensor = std::tuple<uintptr_t, int64_t, int64_t>;  // address, token stride, head stride
+using Rows = std::pair<uintptr_t, int64_t>;              // address, stride
 using LayoutTuple =
     std::tuple<uintptr_t, uintptr_t, int64_t, int64_t, bool>;  // cu_seqlens, list_offsets, sizes, causal
 using Heads = std::tuple<int64_t, int64_t, int64_t>;           // query heads, KV heads, head size
@@ -144,6 +146,30 @@ void bound_relevance_feedback(int isa, int dtype, uintptr_t queries, const Tenso
   relevance_feedback(args, isa);
 }
 
+int bound_candidate_logits(int isa, int dtype, const Rows& hidden, const Rows& weight, const Rows& candidates,
+                           uintptr_t bias, const std::array<int64_t, 4>& sizes, float scale, float softcap,
+                           uintptr_t out, uintptr_t lse, int num_threads) {
+  const CandidateLogitsArgs args{static_cast<DType>(dtype),
+                                 pointer<const void>(hidden.first),
+                                 hidden.second,
+                                 pointer<const void>(weight.first),
+                                 weight.second,
+                                 pointer<const int64_t>(candidates.first),
+                                 candidates.second,
+                                 pointer<const void>(bias),
+                                 sizes[0],
+                                 sizes[1],
+                                 sizes[2],
+                                 sizes[3],
+                                 scale,
+                                 softcap,
+                                 pointer<float>(out),
+                                 pointer<float>(lse),
+                                 num_threads};
+  const py::gil_scoped_release release;
+  return static_cast<int>(candidate_logits(args, isa));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -182,4 +208,5 @@ PYBIND11_MODULE(_C, module) {
   module.def("token_attention_mass", bound_document_scores<token_attention_mass>);
   module.def("listwise_loss", bound_listwise_loss);
   module.def("relevance_feedback", bound_relevance_feedback);
+  module.def("candidate_logits", bound_candidate_logits);
 }

@@ -29,6 +29,6 @@ struct Layout {
 };
 
 // Why an op did nothing. Python turns these into exceptions.
-enum class Status : int { kOk = 0, kBadLayout = 1, kBadRows = 2, kBadOffsets = 3 };
+enum class Status : int { kOk = 0, kBadLayout = 1, kBadRows = 2, kBadOffsets = 3, kBadCandidates = 4 };
 
 }  // namespace rankernel

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
 import itertools
 import math
@@ -140,59 +141,66 @@ class Host:
     def __call__(
         self, batch: Lists, kind: str, reduction: int, settings: tuple[float, ...], seed: int, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Runs the threads of a block in both orders, in poisoned memory between guards."""
-        results = []
-        for descending in (False, True):
-            self.descending.value = descending
-            results.append(self._run(batch, KINDS[kind].index, reduction, settings, seed, dtype))
-        for one, other in zip(*results, strict=True):
-            assert torch.equal(one, other), f"{kind}: depends on the order of the threads"
-        return results[0]
-
-    def _run(
-        self, batch: Lists, kind: int, reduction: int, settings: tuple[float, ...], seed: int, dtype: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        n, num_lists = batch.scores.numel(), batch.offsets.numel() - 1
+        n, num_lists, number = batch.scores.numel(), batch.offsets.numel() - 1, KINDS[kind].index
         scores = batch.scores.to(dtype)
         tensors = (scores, batch.labels, batch.where, batch.offsets)
         inputs = tuple(0 if t is None else t.data_ptr() for t in tensors)
         loss_size = 1 if reduction else num_lists
-        sizes = (
-            4 * loss_size,
-            4 * n,
-            self.module.listwise_loss_workspace((n, num_lists), kind, settings),
+        workspace = self.module.listwise_loss_workspace((n, num_lists), number, settings)
+        loss, grad = self.run(
+            (4 * loss_size, 4 * n),
+            workspace,
+            lambda loss, grad, workspace: self.module.listwise_loss(
+                DTYPES[dtype], inputs, (n, num_lists), (number, reduction), settings, seed, (loss, grad), workspace, 0
+            ),
         )
-        # All bits set is NaN, and -1.
-        memory = [torch.full((self.GUARD + size + self.GUARD,), 0xFF, dtype=torch.uint8) for size in sizes]
-        addresses = [m.data_ptr() + self.GUARD for m in memory]
-        status = self.module.listwise_loss(
-            DTYPES[dtype], inputs, (n, num_lists), (kind, reduction), settings, seed, tuple(addresses[:2]),
-            addresses[2], 0,
-        )  # fmt: skip
-        assert status == 0
-        for m in memory:
-            assert (m[: self.GUARD] == 0xFF).all()
-            assert (m[-self.GUARD :] == 0xFF).all()
-        loss, grad = (m[self.GUARD : -self.GUARD].clone().view(torch.float32) for m in memory[:2])
-        return loss.reshape(() if reduction else (num_lists,)), grad
+        return loss.view(torch.float32).reshape(() if reduction else (num_lists,)), grad.view(torch.float32)
+
+    def run(self, outputs: tuple[int, ...], workspace: int, call: Callable[..., int]) -> list[torch.Tensor]:
+        """Runs the threads of a block in both orders, in poisoned memory between guards.
+
+        ``call`` gets the addresses of as many bytes as ``outputs`` and ``workspace`` say; the outputs' bytes return.
+        """
+        results = []
+        for descending in (False, True):
+            self.descending.value = descending
+            # All bits set is NaN, and -1.
+            memory = [
+                torch.full((self.GUARD + size + self.GUARD,), 0xFF, dtype=torch.uint8) for size in (*outputs, workspace)
+            ]
+            assert call(*(m.data_ptr() + self.GUARD for m in memory)) == 0
+            for m in memory:
+                assert (m[: self.GUARD] == 0xFF).all()
+                assert (m[-self.GUARD :] == 0xFF).all()
+            results.append([m[self.GUARD : -self.GUARD].clone() for m in memory[:-1]])
+        for one, other in zip(*results, strict=True):
+            assert torch.equal(one, other), "depends on the order of the threads"
+        return results[0]
+
+
+@functools.cache
+def build_on_host(base: Path) -> Path:
+    folder = base / "cuda_on_host"
+    folder.mkdir()
+    path = folder / f"_C_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    compiler = [*os.environ.get("CXX", "c++").split(), "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden"]
+    include = [f"-I{d}" for d in (ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include"))]
+    # x86 would load from any address.
+    trap = ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
+    on_host = ["-Wall", "-Wextra", "-Werror", "-DRANKERNEL_CUDA_ON_HOST", *trap,
+               "-include", str(ROOT / "tests/native/cuda_on_host.h")]  # fmt: skip
+    for suffix, options in {".cu": on_host, ".cpp": []}.items():
+        for source in (ROOT / "csrc/cuda").glob(f"*{suffix}"):
+            command = [*compiler, *options, *include, "-x", "c++", "-c", str(source)]
+            subprocess.run([*command, "-o", str(folder / f"{source.name}.o")], check=True)
+    objects = [str(p) for p in folder.glob("*.o")]
+    subprocess.run([*compiler, "-shared", *objects, "-o", str(path)], check=True)
+    return path
 
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
-    folder = tmp_path_factory.mktemp("cuda_on_host")
-    path = folder / f"_C_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-    compiler = [*os.environ.get("CXX", "c++").split(), "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden"]
-    include = [f"-I{d}" for d in (ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include"))]
-    for source, options in {
-        "listwise_loss.cu": ["-Wall", "-Wextra", "-Werror", "-DRANKERNEL_CUDA_ON_HOST",
-                             "-include", str(ROOT / "tests/native/cuda_on_host.h")],
-        "bindings.cpp": [],
-    }.items():  # fmt: skip
-        command = [*compiler, *options, *include, "-x", "c++", "-c", str(ROOT / "csrc/cuda" / source)]
-        subprocess.run([*command, "-o", str(folder / f"{source}.o")], check=True)
-    objects = [str(p) for p in folder.glob("*.o")]
-    subprocess.run([*compiler, "-shared", *objects, "-o", str(path)], check=True)
-    return Host(path)
+    return Host(build_on_host(tmp_path_factory.getbasetemp()))
 
 
 def test_covered_kinds(host: Host) -> None:

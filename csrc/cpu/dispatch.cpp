@@ -9,7 +9,7 @@ constexpr bool kEmulated = true;
 constexpr bool kEmulated = false;
 #endif
 
-constexpr int kAttention = 0, kScores = 1, kListwise = 2, kFeedback = 3;
+constexpr int kAttention = 0, kScores = 1, kListwise = 2, kFeedback = 3, kCandidates = 4;
 
 }  // namespace
 
@@ -43,6 +43,13 @@ extern const KernelTable kKernelTables[] = {
       /* avx512bf16   */ {false, false, false},
       /* amx          */ {false, false, false},
       /* amx_emulated */ {false, false, false}}},
+    {"candidate_logits",
+     {/* scalar       */ {true, true, true},
+      /* avx2         */ {true, true, true},
+      /* avx512       */ {true, true, true},
+      /* avx512bf16   */ {false, true, false},
+      /* amx          */ {false, true, false},
+      /* amx_emulated */ {false, kEmulated, false}}},
 };
 extern const int kNumKernelTables = sizeof(kKernelTables) / sizeof(kKernelTables[0]);
 
@@ -100,6 +107,25 @@ FeedbackKernels select_feedback_kernels(DType dtype, int isa) {
       return avx2::feedback_kernels(dtype);
     default:
       return scalar::feedback_kernels(dtype);
+  }
+}
+
+CandidateKernels select_candidate_kernels(DType dtype, int isa) {
+  switch (select_isa(kKernelTables[kCandidates], dtype, isa)) {
+#ifdef RANKERNEL_AMX_EMULATED
+    case kAmxEmulated:
+      return amx_emulated::candidate_kernels(dtype);
+#endif
+    case kAmx:
+      return amx::candidate_kernels(dtype);
+    case kAvx512Bf16:
+      return avx512bf16::candidate_kernels(dtype);
+    case kAvx512:
+      return avx512::candidate_kernels(dtype);
+    case kAvx2:
+      return avx2::candidate_kernels(dtype);
+    default:
+      return scalar::candidate_kernels(dtype);
   }
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention_kernels.h"
+#include "candidate_kernels.h"
 #include "feedback_kernels.h"
 #include "listwise_kernels.h"
 
@@ -23,5 +24,6 @@ AttentionKernels select_attention_kernels(DType dtype, int isa);
 ScoreKernels select_score_kernels(DType dtype, int isa);
 ListwiseKernels select_listwise_kernels(DType dtype, int isa);
 FeedbackKernels select_feedback_kernels(DType dtype, int isa);
+CandidateKernels select_candidate_kernels(DType dtype, int isa);
 
 }  // namespace rankernel

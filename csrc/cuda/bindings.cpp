@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cuda/candidate_logits.h"
 #include "cuda/listwise_loss.h"
 
 namespace py = pybind11;
@@ -57,10 +58,36 @@ int bound_listwise_loss(int dtype, const Addresses& inputs, std::pair<int64_t, i
   return cuda::listwise_loss(args, pointer<void>(workspace), pointer<void>(stream));
 }
 
+using Strided = std::pair<uintptr_t, int64_t>;
+
+int bound_candidate_logits(int dtype, Strided hidden, Strided weight, Strided candidates, uintptr_t bias,
+                           const std::array<int64_t, 4>& sizes, float scale, float softcap, uintptr_t out,
+                           uintptr_t lse, uintptr_t workspace, uintptr_t stream) {
+  const CandidateLogitsArgs args{static_cast<DType>(dtype),
+                                 pointer<const void>(hidden.first),
+                                 hidden.second,
+                                 pointer<const void>(weight.first),
+                                 weight.second,
+                                 pointer<const int64_t>(candidates.first),
+                                 candidates.second,
+                                 pointer<const void>(bias),
+                                 sizes[0],
+                                 sizes[1],
+                                 sizes[2],
+                                 sizes[3],
+                                 scale,
+                                 softcap,
+                                 pointer<float>(out),
+                                 pointer<float>(lse),
+                                 0};
+  const py::gil_scoped_release release;
+  return cuda::candidate_logits(args, pointer<void>(workspace), pointer<void>(stream));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C_cuda, module) {
-  module.doc() = "CUDA kernels of rankernel: listwise_loss.";
+  module.doc() = "CUDA kernels of rankernel: listwise_loss, candidate_logits.";
 
   module.def("covered_kinds", [] {
     std::vector<int> kinds;
@@ -70,4 +97,6 @@ PYBIND11_MODULE(_C_cuda, module) {
   });
   module.def("listwise_loss_workspace", bound_workspace);
   module.def("listwise_loss", bound_listwise_loss);
+  module.def("candidate_logits_workspace", cuda::candidate_logits_workspace);
+  module.def("candidate_logits", bound_candidate_logits);
 }

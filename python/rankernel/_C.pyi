@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 Tensor = tuple[int, int, int]  # address, token stride, head stride, in elements
+Rows = tuple[int, int]  # address, stride in elements
 Layout = tuple[int, int, int, int, bool]  # addresses of cu_seqlens and list_offsets, segments, lists, causal
 Heads = tuple[int, int, int]  # query heads, KV heads, head size
 
@@ -89,3 +90,18 @@ def relevance_feedback(
     num_threads: int,
     /,
 ) -> None: ...
+def candidate_logits(
+    isa: int,
+    dtype: int,
+    hidden: Rows,
+    weight: Rows,
+    candidates: Rows,
+    bias: int,  # 0: none
+    sizes: tuple[int, int, int, int],  # rows, vocabulary, hidden size, candidates
+    scale: float,
+    softcap: float,  # 0: none
+    out: int,
+    lse: int,  # 0: logits
+    num_threads: int,
+    /,
+) -> int: ...

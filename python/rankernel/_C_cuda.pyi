@@ -21,3 +21,19 @@ def listwise_loss(
     stream: int,
     /,
 ) -> int: ...
+def candidate_logits_workspace(num_rows: int, vocabulary: int, log_probs: bool, /) -> int: ...
+def candidate_logits(
+    dtype: int,
+    hidden: tuple[int, int],  # device address, stride
+    weight: tuple[int, int],
+    candidates: tuple[int, int],  # stride 0: the same for every row
+    bias: int,  # 0: none
+    sizes: tuple[int, int, int, int],  # rows, vocabulary, hidden size, candidates
+    scale: float,
+    softcap: float,  # 0: none
+    out: int,
+    lse: int,  # 0: logits
+    workspace: int,  # device address, aligned to 16 bytes
+    stream: int,
+    /,
+) -> int: ...

@@ -1,7 +1,8 @@
 """rankernel: compiled kernels that make LLM rerankers fast.
 
 Ops: :func:`block_attention`, :func:`document_logsumexp`, :func:`token_attention_mass` over a :class:`BlockLayout`;
-:func:`listwise_loss` over lists of scores; :func:`relevance_feedback` on query vectors.
+:func:`candidate_logits` of a few tokens; :func:`listwise_loss` over lists of scores; :func:`relevance_feedback` on
+query vectors.
 Models: :func:`attach` to a Hugging Face model. Rerankers: :mod:`rankernel.rerankers`.
 """
 
@@ -10,7 +11,14 @@ import torch  # noqa: F401  before _C, so that both share torch's OpenMP runtime
 from rankernel import backends
 from rankernel.layout import BlockLayout
 from rankernel.models import ScoreRequest, attach, attached, detach, early_exit, model_inputs
-from rankernel.ops import block_attention, document_logsumexp, listwise_loss, relevance_feedback, token_attention_mass
+from rankernel.ops import (
+    block_attention,
+    candidate_logits,
+    document_logsumexp,
+    listwise_loss,
+    relevance_feedback,
+    token_attention_mass,
+)
 
 __version__ = "0.1.0"
 
@@ -21,6 +29,7 @@ __all__ = [
     "attached",
     "backends",
     "block_attention",
+    "candidate_logits",
     "detach",
     "document_logsumexp",
     "early_exit",

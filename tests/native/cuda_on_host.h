@@ -1,7 +1,8 @@
 // Stands in for the CUDA runtime, so that csrc/cuda/*.cu runs without a device: g++ -x c++ -include cuda_on_host.h
 // -DRANKERNEL_CUDA_ON_HOST. Blocks run one after the other. The threads of a block are fibers on one system thread that
-// hand over at __syncthreads; every round runs them in ascending order, or in descending order where
-// `cuda_on_host_descending` is set. A result that differs between the two has a barrier missing.
+// hand over at __syncthreads and at shuffles; every round runs those that are not held by a barrier, in ascending
+// order, or in descending order where `cuda_on_host_descending` is set. A result that differs between the two has a
+// barrier missing.
 #pragma once
 
 #include <csetjmp>
@@ -65,42 +66,68 @@ class Block {
   void run(unsigned threads, const std::function<void()>& kernel) {
     kernel_ = &kernel;
     while (fibers_.size() < threads) fibers_.push_back(std::make_unique<Fiber>());
-    for (unsigned t = 0; t < threads; ++t) fibers_[t]->state = State::kNew;
+    for (unsigned t = 0; t < threads; ++t) {
+      fibers_[t]->state = State::kNew;
+      fibers_[t]->shuffles = 0;
+    }
     for (unsigned done = 0; done < threads;) {
+      unsigned held = 0;
+      done = 0;
       for (unsigned n = 0; n < threads; ++n) {
         const unsigned t = cuda_on_host_descending ? threads - 1 - n : n;
         threadIdx.x = t;
         running_ = fibers_[t].get();
-        resume();
+        if (running_->state == State::kNew || running_->state == State::kInWarp) resume();
+        held += running_->state == State::kAtBarrier;
         done += running_->state == State::kDone;
       }
-      if (done != 0 && done != threads) {
-        std::fprintf(stderr, "cuda_on_host: %u of %u threads returned before a __syncthreads of the others\n", done,
-                     threads);
-        std::abort();
-      }
+      if (held == 0 || held + done < threads) continue;
+      if (done != 0) fail("threads returned before a __syncthreads of the others");
+      for (unsigned t = 0; t < threads; ++t) fibers_[t]->state = State::kInWarp;
     }
   }
 
-  // ucontext starts a fiber on its own stack; from then on _setjmp and _longjmp switch, without system calls.
-  __attribute__((noinline)) void wait() {
-    if (_setjmp(running_->here) == 0) _longjmp(scheduler_, 1);
+  void synchronize() { wait(State::kAtBarrier); }
+
+  // A warp's lanes shuffle in the same rounds. Two sets of slots: a lane that goes on must not overwrite what the lanes
+  // after it still have to read.
+  float shuffle(float value, unsigned distance) {
+    Fiber& mine = *running_;
+    const unsigned shuffles = ++mine.shuffles;
+    mine.slots[shuffles % 2] = value;
+    wait(State::kInWarp);
+    const Fiber& other = *fibers_[threadIdx.x ^ distance];
+    // Lanes that had their turn in this round may be one further.
+    if (other.shuffles - shuffles > 1) fail("a lane is not at the shuffle of the others");
+    return other.slots[shuffles % 2];
   }
 
  private:
-  enum class State { kNew, kWaiting, kDone };
+  enum class State { kNew, kInWarp, kAtBarrier, kDone };
   struct Fiber {
     static constexpr size_t kStack = 256 << 10;
     std::unique_ptr<char[]> stack{new char[kStack]};
     ucontext_t start;
     jmp_buf here;
     State state;
+    unsigned shuffles;
+    float slots[2];
   };
+
+  [[noreturn]] static void fail(const char* what) {
+    std::fprintf(stderr, "cuda_on_host: %s\n", what);
+    std::abort();
+  }
+
+  // ucontext starts a fiber on its own stack; from then on _setjmp and _longjmp switch, without system calls.
+  __attribute__((noinline)) void wait(State state) {
+    running_->state = state;
+    if (_setjmp(running_->here) == 0) _longjmp(scheduler_, 1);
+  }
 
   __attribute__((noinline)) void resume() {
     if (_setjmp(scheduler_) != 0) return;
-    if (running_->state == State::kWaiting) _longjmp(running_->here, 1);
-    running_->state = State::kWaiting;
+    if (running_->state != State::kNew) _longjmp(running_->here, 1);
     getcontext(&running_->start);
     running_->start.uc_stack.ss_sp = running_->stack.get();
     running_->start.uc_stack.ss_size = Fiber::kStack;
@@ -131,7 +158,11 @@ inline void launch(unsigned blocks, unsigned threads, const std::function<void()
 
 }  // namespace cuda_on_host
 
-inline void __syncthreads() { cuda_on_host::Block::current().wait(); }
+inline void __syncthreads() { cuda_on_host::Block::current().synchronize(); }
+
+inline float __shfl_xor_sync(unsigned, float value, unsigned distance) {
+  return cuda_on_host::Block::current().shuffle(value, distance);
+}
 
 #define RANKERNEL_LAUNCH(kernel, grid, block, stream, ...) \
-  cuda_on_host::launch(grid, block, [&] { kernel(__VA_ARGS__); })
+  (static_cast<void>(stream), cuda_on_host::launch(grid, block, [&] { kernel(__VA_ARGS__); }))

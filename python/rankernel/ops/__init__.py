@@ -1,8 +1,16 @@
 """Public ops: checks, ``torch.library`` registration, choice of backend."""
 
 from rankernel.ops.block_attention import block_attention
+from rankernel.ops.candidate_logits import candidate_logits
 from rankernel.ops.document_scores import document_logsumexp, token_attention_mass
 from rankernel.ops.listwise_loss import listwise_loss
 from rankernel.ops.relevance_feedback import relevance_feedback
 
-__all__ = ["block_attention", "document_logsumexp", "listwise_loss", "relevance_feedback", "token_attention_mass"]
+__all__ = [
+    "block_attention",
+    "candidate_logits",
+    "document_logsumexp",
+    "listwise_loss",
+    "relevance_feedback",
+    "token_attention_mass",
+]

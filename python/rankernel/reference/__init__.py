@@ -1,6 +1,7 @@
 """The specification of every op in plain PyTorch: any dtype and device. Tests and benchmarks import it."""
 
 from rankernel.reference.block_attention import block_attention, block_attention_backward
+from rankernel.reference.candidate_logits import candidate_logits
 from rankernel.reference.document_scores import (
     document_logsumexp,
     document_logsumexp_backward,
@@ -13,6 +14,7 @@ from rankernel.reference.relevance_feedback import relevance_feedback
 __all__ = [
     "block_attention",
     "block_attention_backward",
+    "candidate_logits",
     "document_logsumexp",
     "document_logsumexp_backward",
     "listwise_loss",

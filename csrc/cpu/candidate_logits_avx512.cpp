@@ -1,0 +1,18 @@
+#include <immintrin.h>
+
+#include "candidate_kernels.h"
+
+namespace rankernel::avx512 {
+namespace {
+#include "simd/avx512.h"
+#include "simd/math.h"
+#include "candidate_logits_kernel.h"
+}  // namespace
+
+CandidateKernels candidate_kernels(DType dtype) {
+  if (dtype == DType::kBFloat16) return kernels_of<FloatDot, float, BFloat16>();
+  if (dtype == DType::kFloat16) return kernels_of<FloatDot, float, Float16>();
+  return kernels_of<FloatDot, float, float>();
+}
+
+}  // namespace rankernel::avx512
