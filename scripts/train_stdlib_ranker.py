@@ -320,7 +320,7 @@ def evaluate(ranker: BlockRank, corpus: Corpus, candidates: Mapping[str, Candida
     shuffled = [generator.sample(candidates[q].document_ids, len(candidates[q].document_ids)) for q in queries]
     lists = [(corpus.queries[q], [corpus.documents[d] for d in ids]) for q, ids in zip(queries, shuffled, strict=True)]
     total = 0.0
-    for query_id, ids, (scores, _) in zip(queries, shuffled, ranker.score_lists(lists), strict=True):
+    for query_id, ids, (scores, *_) in zip(queries, shuffled, ranker.score_lists(lists), strict=True):
         order = sorted(range(len(ids)), key=lambda i: -scores[i])
         total += ndcg_at_10([ids[i] for i in order], corpus.qrels[query_id])
     return total / len(queries)

@@ -76,8 +76,10 @@ def test_list_names_every_op_and_runs_nothing() -> None:
     for text in (
         "block_attention/100-documents",
         "document_scores/",
+        "candidate_logits/log-probs-32",
         "listwise_loss/",
         "model/100-documents",
+        "rerankers/pointwise-50",
         "FlexAttention compiled",
     ):
         assert text in done.stdout
@@ -134,6 +136,25 @@ def test_model(tmp_path: Path) -> None:
     wrong = {name for (_, _, name), match in values(rows, "match").items() if match == "0"}
     assert wrong == {f"stock {OTHER_MASK}"}
     assert ("tiny-scores", "float32", "attached early exit") in values(rows, "speed_up", peer="stock SDPA dense mask")
+
+
+def test_candidate_logits(tmp_path: Path) -> None:
+    output, rows = measure_tiny(tmp_path, "--op", "candidate_logits", "--case", "tiny*")
+    check_structure(output, rows)
+    matches = values(rows, "match")
+    assert set(matches.values()) == {"1"}
+    assert {name for case, dtype, name in matches if (case, dtype) == ("tiny-log-probs", "bfloat16")} == {
+        "rankernel", "full logits and log_softmax", "full logits and float32 log_softmax", "torch linear_cross_entropy",
+    }  # fmt: skip
+    assert ("tiny", "float32", "rankernel") in values(rows, "over_gathered", peer="F.linear of gathered rows")
+
+
+def test_rerankers(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    output, rows = measure_tiny(tmp_path, "--op", "rerankers", "--case", "tiny*", "--dtype", "float32")
+    check_structure(output, rows)
+    assert set(values(rows, "match").values()) == {"1"}
+    assert "3 prompts of 103-162 tokens, 406 packed, 416 alone, 486 padded" in output
 
 
 def test_isas_run_side_by_side(tmp_path: Path) -> None:

@@ -270,8 +270,8 @@ def test_lists_in_one_row_do_not_meet(ranker, batch_tokens):
 )
 def test_any_texts_and_packing(ranker, lists, batch_tokens):
     scored = list(ranker.score_lists(lists, batch_tokens=batch_tokens))
-    assert [len(scores) for scores, _ in scored] == [len(documents) for _, documents in lists]
-    for (query, documents), (scores, truncated) in zip(lists, scored, strict=True):
+    assert [len(found.scores) for found in scored] == [len(documents) for _, documents in lists]
+    for (query, documents), (scores, truncated, _) in zip(lists, scored, strict=True):
         ranking = ranker.rank(query, documents)
         np.testing.assert_allclose(scores, scores_of(ranking), atol=2e-6)
         assert truncated == [row.truncated for row in sorted(ranking, key=lambda row: row.index)]
@@ -284,7 +284,7 @@ def test_lists_are_read_only_as_far_as_needed(ranker):
         raise AssertionError("read too far")
 
     scored = ranker.score_lists(lists(), batch_tokens=1)
-    assert len(next(scored)[0]) == len(DOCUMENTS)
+    assert len(next(scored).scores) == len(DOCUMENTS)
 
 
 def test_same_call_same_bits(ranker):

@@ -7,14 +7,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 from rich.console import Console
+from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from rankernel import backends, demo
 from rankernel.cli import app
-from rankernel.rerankers import BlockRank
+from rankernel.rerankers import METHODS, BlockRank
 from rankernel.run_files import read_run
-from tiny_ranker import save_tiny_ranker
+from tiny_ranker import save_tiny_ranker, word_tokenizer
 
 TEXTS = {"d1": "open a file", "d2": "read", "d3": "the path of a file", "d4": "write", "d5": "q" * 200}
 QUERIES = {"q1": "how to read a file", "q2": "path", "q3": "write", "q4": "no candidates"}
@@ -64,12 +67,58 @@ def test_rerank_writes_the_run_of_the_reranker(files, model):
         expected = ranker.rank(QUERIES[query], [TEXTS[name] for name in names], document_ids=names)
         assert [row.document_id for row in run[query]] == [row.document_id for row in expected]
         assert [row.score for row in run[query]] == pytest.approx([row.score for row in expected], abs=2e-6)
-    assert "1 documents cut to 48 tokens" in result.stdout
+    assert "1 documents were cut" in result.stdout
     assert "1 queries have no candidates" in result.stdout
     # Of three judged queries BM25 has one document first, one second and one not at all.
     assert re.search(r"first stage\s*│\s*0\.5436\s*│\s*0\.5000", result.stdout)
     assert re.search(r"reranked\s*│", result.stdout)
     assert result.stderr == ""
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Directories of a language model and of a sequence classifier, with the tokens that all methods read."""
+    directories = {}
+    for name, options in (("CausalLM", {}), ("SequenceClassification", {"num_labels": 1})):
+        config = LlamaConfig(
+            vocab_size=330, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            pad_token_id=3, initializer_range=0.3, **options,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        directories[name] = tmp_path_factory.mktemp(name)
+        getattr(transformers, f"LlamaFor{name}")(config).save_pretrained(directories[name])
+        word_tokenizer().save_pretrained(directories[name])
+    return directories
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("blockrank", "qrhead")])
+def test_every_method_ranks_and_explains(files, models, method):
+    reranker, settings = METHODS[method]
+    directory = models[getattr(reranker, "model_head", "CausalLM")]
+    result = rerank(files, directory, "--method", method, "--explain")
+    assert result.exit_code == 0, result.output
+    ranker = reranker.from_pretrained(directory, **settings)
+    run = read_run(files / "out.trec")
+    for query, names in CANDIDATES.items():
+        expected = ranker.rank(QUERIES[query], [TEXTS[name] for name in names], document_ids=names)
+        assert [row.document_id for row in run[query]] == [row.document_id for row in expected]
+        assert [row.score for row in run[query]] == pytest.approx([row.score for row in expected], abs=1e-4)
+        table = result.stdout[result.stdout.index(f"{query}: {QUERIES[query]}") :]
+        for name in expected[0].parts:
+            assert name.split()[0] in table
+        assert re.search(rf"1 │ {expected[0].document_id}\b", table)
+
+
+def test_methods_refuse_what_does_not_fit_in_one_line(files, model, models):
+    for arguments, fault in (
+        ((model, "--method", "monot5"), "tokenizer: expected a single token for ' true'"),
+        ((models["CausalLM"], "--method", "qrhead"), "heads: expected at least one"),
+        ((models["CausalLM"], "--method", "first", "--layer", 1), "first has no scoring layer to choose"),
+        ((models["CausalLM"], "--method", "none"), "expected one of blockrank"),
+    ):
+        result = rerank(files, *arguments)
+        assert result.exit_code == 2, result.output
+        assert fault in re.sub(r"[\s│]+", " ", result.stderr)
 
 
 def test_top_k_layer_and_batch_tokens(files, model):

@@ -148,7 +148,7 @@ class TestJointLoss:
         ranker = BlockRank(model, tiny_tokenizer(), **vars(SETTINGS))
         scores = joint_loss(model, batch, SETTINGS).scores
         expected = ranker.score_lists([(example.query, example.documents) for example in EXAMPLES])
-        for row, (listed, _) in zip(scores.tolist(), expected, strict=True):
+        for row, (listed, *_) in zip(scores.tolist(), expected, strict=True):
             assert row[: len(listed)] == pytest.approx(listed, abs=1e-6)
 
     def test_parts_add_up(self, batch: RankingBatch) -> None:

@@ -34,6 +34,24 @@ def tiny_tokenizer(chat: bool = False) -> PreTrainedTokenizerFast:
     return fast
 
 
+def word_tokenizer(*, chat: bool = False) -> PreTrainedTokenizerFast:
+    """Byte-level, at most 330 tokens, among them the words that rerankers read."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330,
+        special_tokens=["</s>", "<s>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["yes", "no", " true", " false", " A", " B", " file"] * 9, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", bos_token="<s>")
+    if chat:
+        fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
 def tiny_model(num_layers: int = 3, seed: int = 0) -> Qwen3ForCausalLM:
     """Weights are large enough that attention, and so scores, differ clearly between documents."""
     torch.manual_seed(seed)

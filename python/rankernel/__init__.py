@@ -10,7 +10,7 @@ import torch  # noqa: F401  before _C, so that both share torch's OpenMP runtime
 
 from rankernel import backends
 from rankernel.layout import BlockLayout
-from rankernel.models import ScoreRequest, attach, attached, detach, early_exit, model_inputs
+from rankernel.models import MassRequest, ScoreRequest, attach, attached, detach, early_exit, model_inputs
 from rankernel.ops import (
     block_attention,
     candidate_logits,
@@ -24,6 +24,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BlockLayout",
+    "MassRequest",
     "ScoreRequest",
     "attach",
     "attached",

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 try:
     import typer
@@ -33,10 +33,8 @@ import torch
 
 import rankernel
 from rankernel import backends, run_files
+from rankernel.rerankers import METHODS, Ranking, Reranker
 from rankernel.run_files import FileError
-
-if TYPE_CHECKING:
-    from rankernel.rerankers import BlockRank
 
 app = typer.Typer(
     help="Fast LLM rerankers: compiled kernels for block-sparse in-context-ranking attention.",
@@ -72,6 +70,12 @@ def demo(
         run_demo(_out, queries)
 
 
+def _known_method(name: str) -> str:
+    if name not in METHODS:
+        raise typer.BadParameter(f"expected one of {', '.join(METHODS)}, got {name!r}")
+    return name
+
+
 @app.command()
 def rerank(
     model: Annotated[str, typer.Option(help="Model directory, or name on the Hugging Face Hub.")],
@@ -79,14 +83,18 @@ def rerank(
     documents: Annotated[Path, typer.Option(help='A JSON object per line with "id" and "text".')],
     run: Annotated[Path, typer.Option(help="First-stage candidates, a TREC run.")],
     output: Annotated[Path, typer.Option(help="Where to write the reranked TREC run.")],
+    method: Annotated[
+        str, typer.Option(callback=_known_method, help=f"How the model ranks: {', '.join(METHODS)}.")
+    ] = "blockrank",
     top_k: Annotated[int | None, typer.Option(min=1, help="Documents to write per query; all by default.")] = None,
     layer: Annotated[
         int | None,
-        typer.Option(min=0, help="Layer that scores, from 0; by default as rankernel.json of the model says."),
+        typer.Option(min=0, help="Of blockrank: layer that scores, from 0; by default as rankernel.json says."),
     ] = None,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens to pack in one row.")] = 16384,
     qrels: Annotated[Path | None, typer.Option(help="TREC judgements, to measure both runs with.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Print every score and what it was made of.")] = False,
 ) -> None:
     """Rerank the candidates of a TREC run.
 
@@ -106,16 +114,17 @@ def rerank(
                 "--documents": _digest(documents),
                 "--run": _digest(run),
                 "--top-k": top_k,
+                "--method": method,
                 "--layer": layer,
             }
         expected = {query: min(len(found), top_k or len(found)) for query, found in candidates.items()}
         with contextlib.closing(run_files.ResumableRun(output, settings, expected, resume)) as writer:
             with _err.status("loading the model"):
-                reranker = _load(model, layer)
+                reranker = _load(model, method, {} if layer is None else {"layer": layer})
             resumed = len(writer.finished)
             begin = time.perf_counter()
             try:
-                truncated = _rerank(reranker, texts, contents, candidates, writer, top_k, batch_tokens)
+                truncated = _rerank(reranker, texts, contents, candidates, writer, top_k, batch_tokens, explain)
             except KeyboardInterrupt:
                 done = (
                     f"{len(writer.finished)} of {len(candidates)} queries are in {writer.partial}; --resume continues"
@@ -133,8 +142,7 @@ def rerank(
         ranked = len(candidates) - resumed
         _out.print(f"{output}: {len(candidates)} queries" + (f", {resumed} of them from before" if resumed else ""))
         if ranked:
-            limit = reranker.settings.max_document_tokens
-            _out.print(f"{seconds / ranked * 1e3:.1f} ms per query; {truncated} documents cut to {limit} tokens")
+            _out.print(f"{seconds / ranked * 1e3:.1f} ms per query; {truncated} documents were cut")
         if len(texts) > len(candidates):
             _out.print(f"{len(texts) - len(candidates)} queries have no candidates in {run}")
         if judged:
@@ -178,19 +186,20 @@ def _fingerprint(model: str) -> str:
     return hashlib.sha256("\n".join(listing).encode()).hexdigest()
 
 
-def _load(model: str, layer: int | None) -> BlockRank:
+def _load(model: str, method: str, given: dict[str, Any]) -> Reranker:
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
-    from rankernel.rerankers import BlockRank
-
     if not Path(model).is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model):
         raise FileError(model, None, "no such directory")
+    if given and method != "blockrank":
+        raise typer.BadParameter(f"{method} has no scoring layer to choose", param_hint="--layer")
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     hub_logging.set_verbosity_error()
     try:
-        return BlockRank.from_pretrained(model, layer=layer)
+        reranker, settings = METHODS[method]
+        return reranker.from_pretrained(model, **settings, **given)
     except (OSError, ValueError) as error:
         raise FileError(model, None, str(error).strip().splitlines()[0]) from None
 
@@ -210,17 +219,16 @@ def progress_bar(console: Console) -> Progress:
 
 
 def _rerank(
-    reranker: BlockRank,
+    reranker: Reranker,
     texts: Mapping[str, str],
     contents: Mapping[str, str],
     candidates: Mapping[str, list[run_files.Candidate]],
     writer: run_files.ResumableRun,
     top_k: int | None,
     batch_tokens: int,
+    explain: bool,
 ) -> int:
     """Ranks what is not finished; returns how many documents were truncated."""
-    from rankernel.rerankers import Ranking
-
     finished = set(writer.finished)
     remaining = {query: found for query, found in candidates.items() if query not in finished}
     lists = ((texts[query], [contents[row.document_id] for row in found]) for query, found in remaining.items())
@@ -228,13 +236,27 @@ def _rerank(
     with progress_bar(_err) as progress:
         task = progress.add_task("reranking", total=len(candidates), completed=len(finished))
         scored = reranker.score_lists(lists, batch_tokens=batch_tokens)
-        for (query, found), (scores, truncated) in zip(remaining.items(), scored, strict=True):
+        for (query, found), scores in zip(remaining.items(), scored, strict=True):
             identifiers = [row.document_id for row in found]
-            ranking = Ranking.from_scores(texts[query], scores, truncated, document_ids=identifiers, top_k=top_k)
+            ranking = Ranking.from_scores(texts[query], *scores, document_ids=identifiers, top_k=top_k)
             writer.add(query, [(identifiers[row.index], row.score) for row in ranking])
-            num_truncated += sum(truncated)
+            if explain:
+                _out.print(_explanation(query, ranking))
+            num_truncated += sum(scores.truncated)
             progress.advance(task)
     return num_truncated
+
+
+def _explanation(query: str, ranking: Ranking) -> Table:
+    names = list(dict.fromkeys(name for row in ranking for name in row.parts))
+    table = Table("", "document", "score", *names, title=f"{query}: {ranking.query}", title_justify="left")
+    for column in (table.columns[0], *table.columns[2:]):
+        column.justify = "right"
+    for row in ranking:
+        parts = [f"{row.parts[name]:.6g}" if name in row.parts else "" for name in names]
+        cut = " (cut)" if row.truncated else ""
+        table.add_row(str(row.rank), f"{row.document_id}{cut}", f"{row.score:.6g}", *parts)
+    return table
 
 
 def effectiveness_table(rows: Mapping[str, Mapping[str, float]]) -> Table:

@@ -1,16 +1,27 @@
-"""Hugging Face models: attach rankernel's attention, stop early. Importing this does not import transformers."""
+"""Hugging Face models: attach rankernel's attention, stop early, score candidates, pack prompts.
+
+Importing this does not import transformers.
+"""
 
 from rankernel.models.attach import AttachReport, attach, attached, detach
-from rankernel.models.attention import ScoreRequest, model_inputs
+from rankernel.models.attention import MassRequest, ScoreRequest, model_inputs
 from rankernel.models.early_exit import early_exit, layer_scores
+from rankernel.models.heads import Head, final_hidden_states, head_of
+from rankernel.models.packing import PackedPrompts, pack_prompts
 
 __all__ = [
     "AttachReport",
+    "Head",
+    "MassRequest",
+    "PackedPrompts",
     "ScoreRequest",
     "attach",
     "attached",
     "detach",
     "early_exit",
+    "final_hidden_states",
+    "head_of",
     "layer_scores",
     "model_inputs",
+    "pack_prompts",
 ]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 
 from rankernel.layout import BlockLayout
-from rankernel.ops import block_attention, document_logsumexp
+from rankernel.ops import block_attention, document_logsumexp, token_attention_mass
 
 NAME = "rankernel"
 """Name of the attention implementation: ``model.config._attn_implementation`` of an attached model."""
@@ -26,40 +28,141 @@ class Stock(NamedTuple):
     forward: Callable[..., Any]
 
 
-class ScoreRequest:
-    """Asks an attached model for document scores; travels as the keyword argument ``block_scores``.
+class Request(ABC):
+    """What an attached model shall return in ``outputs.attentions``; travels as the keyword argument ``block_scores``.
 
-    With ``output_attentions=True`` the model's ``outputs.attentions`` then holds one
-    :func:`rankernel.document_logsumexp` result, float32 [R, Hq, max_documents], per requested layer, in the order of
-    ``layers``. Scores never use a sliding window, not even on sliding-window layers: a document outside the window
-    would have no score. A plain class for the reason :class:`rankernel.BlockLayout` is one.
+    With ``output_attentions=True`` there is one result per requested layer, in the order of ``layers``. Results never
+    use a sliding window, not even on sliding-window layers: a document outside the window would have no score. A plain
+    class for the reason :class:`rankernel.BlockLayout` is one.
+
+    Attributes:
+        layers: the requested layers, ascending, without repetition.
+        row_groups: int64 [R] each, packed positions of query rows.
+    """
+
+    def __init__(self, layers: Iterable[int], row_groups: Sequence[torch.Tensor]) -> None:
+        self.layers = tuple(sorted(set(layers)))
+        if not self.layers or self.layers[0] < 0:
+            raise ValueError(f"layers: expected at least one index, each at least 0, got {list(self.layers)}")
+        for rows in row_groups:
+            if rows.dim() != 1:
+                raise ValueError(f"rows: expected one dimension, got shape {list(rows.shape)}")
+            if rows.dtype.is_floating_point or rows.dtype == torch.bool:
+                raise TypeError(f"rows: expected integers, got {rows.dtype}")
+        self.row_groups = tuple(rows.to(torch.int64) for rows in row_groups)
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Self:
+        """The same request with its rows on ``device``."""
+        moved = copy.copy(self)
+        moved.row_groups = tuple(rows.to(device, non_blocking=non_blocking) for rows in self.row_groups)
+        return moved
+
+    @abstractmethod
+    def scores(
+        self, query: torch.Tensor, key: torch.Tensor, layout: BlockLayout, layer: int, **logits: float | None
+    ) -> torch.Tensor:
+        """Result of one layer.
+
+        Args:
+            query: [T, Hq, D], on the device of the rows.
+            key: [T, Hkv, D].
+            layout: where the lists lie.
+            layer: index of the layer.
+            logits: its ``scale`` and ``softcap``.
+        """
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(layers={self.layers}, rows={[rows.numel() for rows in self.row_groups]})"
+
+
+class ScoreRequest(Request):
+    """Asks for one :func:`rankernel.document_logsumexp` result per layer, float32 [R, Hq, max_documents].
 
     Attributes:
         layers: the requested layers, ascending, without repetition.
         rows: int64 [R], packed positions of the query rows.
     """
 
-    def __init__(self, layers: Sequence[int], rows: torch.Tensor) -> None:
+    def __init__(self, layers: Iterable[int], rows: torch.Tensor) -> None:
         """
         Raises:
             ValueError: no layer or a negative one, or ``rows`` that is not one-dimensional.
             TypeError: ``rows`` that are not integers.
         """
-        self.layers = tuple(sorted(set(layers)))
-        if not self.layers or self.layers[0] < 0:
-            raise ValueError(f"layers: expected at least one index, each at least 0, got {list(layers)}")
-        if rows.dim() != 1:
-            raise ValueError(f"rows: expected one dimension, got shape {list(rows.shape)}")
-        if rows.dtype.is_floating_point or rows.dtype == torch.bool:
-            raise TypeError(f"rows: expected integers, got {rows.dtype}")
-        self.rows = rows.to(torch.int64)
+        super().__init__(layers, [rows])
 
-    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> ScoreRequest:
-        """The same request with its rows on ``device``."""
-        return ScoreRequest(self.layers, self.rows.to(device, non_blocking=non_blocking))
+    @property
+    def rows(self) -> torch.Tensor:
+        return self.row_groups[0]
 
-    def __repr__(self) -> str:
-        return f"ScoreRequest(layers={self.layers}, rows={self.rows.numel()} positions)"
+    def scores(
+        self, query: torch.Tensor, key: torch.Tensor, layout: BlockLayout, layer: int, **logits: float | None
+    ) -> torch.Tensor:
+        """See :meth:`Request.scores`."""
+        return document_logsumexp(query[self.rows], key, layout, self.rows, **logits)
+
+
+class MassRequest(Request):
+    """Asks for the attention that every packed token receives, once for each group of query rows.
+
+    Per layer float32 [groups, T], :func:`rankernel.token_attention_mass` of every group: in each list the mean over
+    the group's rows there, summed over heads; with ``per_head`` float32 [groups, heads, T] instead.
+
+    Attributes:
+        layers: the requested layers, ascending, without repetition.
+        row_groups: int64 [R] each, packed positions of query rows.
+        heads: by layer, the query heads that count, in this order; None counts all.
+        per_head: whether heads stay apart.
+    """
+
+    def __init__(
+        self,
+        layers: Iterable[int],
+        row_groups: Sequence[torch.Tensor],
+        *,
+        heads: Mapping[int, Sequence[int]] | None = None,
+        per_head: bool = False,
+    ) -> None:
+        """
+        Raises:
+            ValueError: no layer or a negative one, no group, rows that are not one-dimensional, or a requested layer
+                that ``heads`` lacks.
+            TypeError: rows that are not integers.
+        """
+        super().__init__(layers, row_groups)
+        if not self.row_groups:
+            raise ValueError("row_groups: expected at least one group, got none")
+        if heads is not None and not all(heads.get(layer) for layer in self.layers):
+            raise ValueError(f"heads: expected some for each of the layers {list(self.layers)}, got {dict(heads)}")
+        self.heads = heads
+        self.per_head = per_head
+
+    def scores(
+        self, query: torch.Tensor, key: torch.Tensor, layout: BlockLayout, layer: int, **logits: float | None
+    ) -> torch.Tensor:
+        """See :meth:`Request.scores`.
+
+        Raises:
+            ValueError: a head that the model does not have.
+        """
+        if self.heads is not None:
+            heads, num_heads = list(self.heads[layer]), query.shape[1]
+            if not 0 <= min(heads) <= max(heads) < num_heads:
+                raise ValueError(f"heads: expected indices in [0, {num_heads}), got {heads} for layer {layer}")
+            group = num_heads // key.shape[1]
+            query, key = query[:, heads], key[:, [head // group for head in heads]]
+
+        def masses(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+            return torch.stack(
+                [token_attention_mass(query[rows], key, layout, rows, **logits) for rows in self.row_groups]
+            )
+
+        if not self.per_head:
+            return masses(query, key)
+        keys = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        return torch.stack(
+            [masses(*of_head) for of_head in zip(query.split(1, dim=1), keys.split(1, dim=1), strict=True)], dim=1
+        )
 
 
 def model_inputs(
@@ -69,7 +172,7 @@ def model_inputs(
     position_ids: torch.Tensor | None = None,
     position_scheme: Literal["shared", "sequential"] = "shared",
     tail_offset: int = 16384,
-    scores: ScoreRequest | None = None,
+    scores: Request | None = None,
 ) -> dict[str, Any]:
     """Keyword arguments with which an attached model reads a packed row: ``model(**model_inputs(input_ids, layout))``.
 
@@ -83,7 +186,7 @@ def model_inputs(
         position_scheme: see :meth:`rankernel.BlockLayout.position_ids`.
         tail_offset: position of the first tail token under ``"shared"``; choose it inside the range of positions
             that the model knows.
-        scores: document scores to return in ``outputs.attentions``.
+        scores: what to return in ``outputs.attentions``: a :class:`ScoreRequest` or a :class:`MassRequest`.
 
     Raises:
         ValueError: shapes or positions that do not fit the layout.
@@ -101,9 +204,9 @@ def model_inputs(
         "block_layout": layout,
     }
     if scores is not None:
-        rows = scores.rows
-        if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < layout.num_tokens:
-            raise ValueError(f"scores: expected rows in [0, {layout.num_tokens}), got {rows.tolist()}")
+        for rows in scores.row_groups:
+            if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < layout.num_tokens:
+                raise ValueError(f"scores: expected rows in [0, {layout.num_tokens}), got {rows.tolist()}")
         inputs |= {"block_scores": scores.to(device), "output_attentions": True}
     return inputs
 
@@ -128,7 +231,7 @@ def attention_forward(
     attention_mask: torch.Tensor | None,
     *,
     block_layout: BlockLayout | None = None,
-    block_scores: ScoreRequest | None = None,
+    block_scores: Request | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What Transformers calls in every layer of an attached model.
@@ -144,7 +247,7 @@ def attention_forward(
         kwargs: scaling, dropout, sliding_window, softcap, s_aux and more, depending on the family.
 
     Returns:
-        out [B, Tq, Hq, D] and, on the layers that ``block_scores`` names, its scores [R, Hq, max_documents].
+        out [B, Tq, Hq, D] and, on the layers that ``block_scores`` names, its scores.
 
     Raises:
         ValueError: inputs that a layout excludes, saying which and why.
@@ -166,8 +269,8 @@ def attention_forward(
     out: Any = block_attention(query, key, value, layout, scale=scale, window=window, softcap=softcap, sinks=sinks)
     scores = None
     if block_scores is not None and module.layer_idx in block_scores.layers:
-        rows = block_scores.rows.to(query.device)
-        scores = document_logsumexp(query[rows], key, layout, rows, scale=scale, softcap=softcap)
+        layer: Any = module.layer_idx
+        scores = block_scores.to(query.device).scores(query, key, layout, layer, scale=scale, softcap=softcap)
     return out[None], scores
 
 

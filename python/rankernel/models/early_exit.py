@@ -82,7 +82,7 @@ def layer_scores(
         scores=ScoreRequest([layer], rows),
     )
     layers = list(decoder.layers)[: layer + 1]
-    family = _family(layers[-1])
+    family = family_of(layers[-1])
     if family is None:
         with _layers(decoder, layers):
             return decoder(**inputs).attentions[0]
@@ -155,7 +155,7 @@ def _project_fused(attention: Any, hidden: torch.Tensor, rows: torch.Tensor) -> 
     return fused[:, rows, :end_of_query], fused[..., end_of_query:end_of_key]
 
 
-def _family(layer: Any) -> str | None:
+def family_of(layer: Any) -> str | None:
     """Name of the family whose attention this layer has exactly, or None.
 
     A class derived by FSDP counts; one that overrides ``forward``, or a module whose ``forward`` is wrapped as
@@ -175,10 +175,13 @@ def _family(layer: Any) -> str | None:
 def _layers(decoder: Any, layers: list[torch.nn.Module]) -> Iterator[None]:
     all_layers = decoder.layers
     decoder.layers = torch.nn.ModuleList(layers)
+    # Transformers hooks all modules once, the first time that it collects attentions: it shall find these too.
+    decoder.skipped_layers = all_layers[len(layers) :]
     try:
         yield
     finally:
         decoder.layers = all_layers
+        del decoder.skipped_layers
 
 
 def _check_layer(decoder: Any, layer: int) -> None:

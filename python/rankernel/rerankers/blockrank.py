@@ -8,27 +8,26 @@ after that layer runs, and of l* itself only the keys of all tokens and the quer
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 
 from rankernel.layout import BlockLayout
 from rankernel.models import attach, layer_scores
 from rankernel.models.attach import decoder_of
+from rankernel.rerankers.loading import file_of, load, source_of
 from rankernel.rerankers.prompts import BLOCKRANK, BlockPrompt, PromptBlocks, build_blocks
-from rankernel.rerankers.protocol import Pair, Ranking
+from rankernel.rerankers.protocol import BATCH_TOKENS, ListScores, Reranker, check_batch_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SETTINGS_FILE = "rankernel.json"
 """File in a model directory that says how the model was trained to rank."""
-
-BATCH_TOKENS = 16384
 
 PositionScheme = Literal["shared", "sequential"]
 
@@ -88,7 +87,7 @@ def relevance(logsumexp: torch.Tensor, num_lists: int) -> torch.Tensor:
     return shares.unflatten(0, (num_lists, -1)).mean(dim=(1, 2))
 
 
-class BlockRank:
+class BlockRank(Reranker):
     """Reranks with a decoder-only Transformers model that was trained for BlockRank.
 
     A score is relative to the list that a document was ranked in: the scores of one list add up to 1, those of
@@ -162,17 +161,8 @@ class BlockRank:
             OSError: there is no such model.
             ImportError: Transformers is not installed.
         """
-        try:
-            from transformers import AutoModelForCausalLM, AutoTokenizer
-            from transformers.utils import cached_file
-        except ImportError as error:
-            raise ImportError('BlockRank needs transformers: pip install "rankernel[hf]"') from error
-        source = str(model) if isinstance(model, (str, Path)) else getattr(model, "name_or_path", "")
-        settings: dict[str, Any] = {}
-        if source:
-            cached_file(source, "config.json")
-            found = cached_file(source, SETTINGS_FILE, _raise_exceptions_for_missing_entries=False)
-            settings = vars(BlockRankSettings.read(found)).copy() if found else {}
+        found = file_of(model, SETTINGS_FILE)
+        settings: dict[str, Any] = vars(BlockRankSettings.read(found)).copy() if found else {}
         given = {
             "layer": layer,
             "prompt": prompt,
@@ -184,98 +174,16 @@ class BlockRank:
         if "layer" not in settings:
             raise ValueError(
                 "layer: expected the index of the layer whose attention scores the documents, as "
-                f"{source or 'the model'} has no {SETTINGS_FILE} to take it from"
+                f"{source_of(model) or 'the model'} has no {SETTINGS_FILE} to take it from"
             )
-        if tokenizer is None:
-            if not source:
-                raise ValueError("tokenizer: expected one, as the model was not loaded from a directory")
-            tokenizer = AutoTokenizer.from_pretrained(source)
-        if isinstance(model, (str, Path)):
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-            if device is not None:
-                model = model.to(device)
+        model, tokenizer = load(model, tokenizer, dtype=dtype, device=device)
         return cls(model, tokenizer, **settings)
-
-    def rank(
-        self,
-        query: str,
-        documents: Sequence[str],
-        top_k: int | None = None,
-        *,
-        document_ids: Sequence[str] | None = None,
-    ) -> Ranking:
-        """Ranks the documents of one query.
-
-        Args:
-            query: text of the query.
-            documents: text of every document; an empty text is valid, an empty list gives an empty ranking.
-            top_k: how many of the best documents to return; None returns all.
-            document_ids: identifiers to repeat in the result, one per document.
-
-        Raises:
-            TypeError: a text is not a string.
-            ValueError: ``top_k`` is negative, ``document_ids`` has another length than ``documents``, or the prompt
-                does not fit before ``tail_offset``.
-        """
-        return self.rank_many(
-            [query], [documents], top_k, document_ids=None if document_ids is None else [document_ids]
-        )[0]
-
-    def rank_many(
-        self,
-        queries: Sequence[str],
-        documents: Sequence[Sequence[str]],
-        top_k: int | None = None,
-        *,
-        document_ids: Sequence[Sequence[str]] | None = None,
-        batch_tokens: int = BATCH_TOKENS,
-    ) -> list[Ranking]:
-        """Ranks the documents of several queries, several lists in one row of tokens where they fit.
-
-        Lists never see each other: what shares a row does not change scores beyond rounding.
-
-        Args:
-            queries: text of every query.
-            documents: the documents of every query.
-            top_k: how many of the best documents to return per query; None returns all.
-            document_ids: identifiers to repeat in the results, one per document of every query.
-            batch_tokens: lists are packed, in the order given, while they stay within so many tokens. A longer list
-                runs alone.
-
-        Returns:
-            One ranking per query, in the order of the queries.
-
-        Raises:
-            TypeError, ValueError: as :meth:`rank`, or the arguments differ in length.
-        """
-        if len(queries) != len(documents):
-            raise ValueError(f"documents: expected one list for each of {len(queries)} queries, got {len(documents)}")
-        if document_ids is not None and [len(ids) for ids in document_ids] != [len(texts) for texts in documents]:
-            raise ValueError("document_ids: expected one for every document of every query")
-        if top_k is not None and top_k < 0:
-            raise ValueError(f"top_k: expected 0 or more, got {top_k}")
-        scored = self.score_lists(zip(queries, documents, strict=True), batch_tokens=batch_tokens)
-        return [
-            Ranking.from_scores(
-                query, scores, truncated, document_ids=document_ids[index] if document_ids else None, top_k=top_k
-            )
-            for index, (query, (scores, truncated)) in enumerate(zip(queries, scored, strict=True))
-        ]
 
     def score_lists(
         self, lists: Iterable[tuple[str, Sequence[str]]], *, batch_tokens: int = BATCH_TOKENS
-    ) -> Iterator[tuple[list[float], list[bool]]]:
-        """Scores lists as they come, so that long work can be shown, saved and interrupted.
-
-        Args:
-            lists: query and documents of every list; read only as far as the next row needs.
-            batch_tokens: see :meth:`rank_many`.
-
-        Yields:
-            For every list, in order, the score of every document and whether it was truncated.
-        """
-        if batch_tokens < 1:
-            raise ValueError(f"batch_tokens: expected a positive integer, got {batch_tokens}")
+    ) -> Iterator[ListScores]:
+        """See :meth:`Reranker.score_lists`; the parts of a score are the shares of the single signal rows."""
+        check_batch_tokens(batch_tokens)
         row: list[PromptBlocks] = []
         for query, documents in lists:
             blocks = build_blocks(
@@ -300,53 +208,33 @@ class BlockRank:
             )
 
     @torch.no_grad()
-    def _score_row(self, row: list[PromptBlocks]) -> list[tuple[list[float], list[bool]]]:
+    def _score_row(self, row: list[PromptBlocks]) -> Iterator[ListScores]:
         lists = [blocks for blocks in row if blocks.truncated]
-        scores = iter(self._scores_of_row(lists).tolist() if lists else [])
-        return [(next(scores)[: len(blocks.truncated)] if blocks.truncated else [], blocks.truncated) for blocks in row]
+        shares = iter(self._shares_of_row(lists).tolist() if lists else [])
+        for blocks in row:
+            per_row = next(shares) if blocks.truncated else []
+            of_documents = [values for values, _ in zip(zip(*per_row, strict=True), blocks.truncated, strict=False)]
+            yield ListScores(
+                [math.fsum(values) / len(values) for values in of_documents],
+                blocks.truncated,
+                [{f"signal row {place}": share for place, share in enumerate(values)} for values in of_documents],
+            )
 
-    def _scores_of_row(self, lists: list[PromptBlocks]) -> torch.Tensor:
-        """Float32 [lists, max_documents]; every list has at least one document."""
+    def _shares_of_row(self, lists: list[PromptBlocks]) -> torch.Tensor:
+        """Float32 [lists, signal rows, max_documents], means over heads; every list has at least one document."""
         settings, device = self.settings, decoder_of(self.model).device
         layout = BlockLayout.from_lengths([blocks.lengths for blocks in lists]).to(device)
+        rows = layout.tail_positions(settings.prompt.signal_tokens)
         logsumexp = layer_scores(
             self.model,
             torch.tensor([token for blocks in lists for token in blocks.input_ids], device=device),
             layout,
             settings.layer,
-            layout.tail_positions(settings.prompt.signal_tokens),
+            rows,
             position_scheme=settings.position_scheme,
             tail_offset=settings.tail_offset,
         )
-        scores = relevance(logsumexp, len(lists))
-        if not scores.isfinite().all():
+        shares = relevance(logsumexp, len(rows))
+        if not shares.isfinite().all():
             raise FloatingPointError(f"the attention logits of layer {settings.layer} are not finite")
-        return scores
-
-    def predict(self, sentences: Sequence[Pair] | Pair, *, batch_tokens: int = BATCH_TOKENS) -> np.ndarray | np.float32:
-        """Scores (query, document) pairs, as the ``CrossEncoder`` of sentence-transformers does.
-
-        Pairs with the same query are scored together as one list, in the order in which they come, because a score is
-        relative to its list: give all candidates of a query in one call. A query with one document scores 1.
-
-        Args:
-            sentences: pairs of query and document, or one such pair.
-            batch_tokens: see :meth:`rank_many`.
-
-        Returns:
-            float32 [number of pairs] in the order given; a single number for a single pair.
-        """
-        if len(sentences) == 2 and isinstance(sentences[0], str):
-            single = cast(Pair, tuple(sentences))
-            return self._predict_pairs([single], batch_tokens)[0]
-        return self._predict_pairs(cast(Sequence[Pair], sentences), batch_tokens)
-
-    def _predict_pairs(self, pairs: Sequence[Pair], batch_tokens: int) -> np.ndarray:
-        places: dict[str, list[int]] = {}
-        for place, (query, _) in enumerate(pairs):
-            places.setdefault(query, []).append(place)
-        lists = [(query, [pairs[place][1] for place in at]) for query, at in places.items()]
-        result = np.empty(len(pairs), dtype=np.float32)
-        for at, (scores, _) in zip(places.values(), self.score_lists(lists, batch_tokens=batch_tokens), strict=True):
-            result[at] = scores
-        return result
+        return shares.unflatten(0, (len(lists), -1))

@@ -6,10 +6,13 @@ A prompt is a prefix, one block per document and a tail, each tokenised by itsel
 
 from __future__ import annotations
 
+import contextlib
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+from rankernel.rerankers.protocol import check_texts
 
 _SENTINEL = "RANKERNELCONTENT"
 
@@ -127,16 +130,10 @@ def build_blocks(
         ValueError: ``max_document_tokens`` is not positive, the tail has fewer tokens than signal rows, or the chat
             template does not give the user's turn back as it was.
     """
-    if not isinstance(query, str):
-        raise TypeError(f"query: expected a string, got {type(query).__name__}")
-    if isinstance(documents, str):
-        raise TypeError("documents: expected a sequence of strings, got a string")
-    for index, text in enumerate(documents):
-        if not isinstance(text, str):
-            raise TypeError(f"documents[{index}]: expected a string, got {type(text).__name__}")
+    check_texts(query, documents)
     if max_document_tokens is not None and max_document_tokens < 1:
         raise ValueError(f"max_document_tokens: expected a positive integer, got {max_document_tokens}")
-    before, after = _around_user_turn(tokenizer, prompt.answer)
+    before, after = around_user_turn(tokenizer, prompt.answer)
     texts = [before + prompt.prefix.format(query=query)]
     texts += [prompt.document.format(index=index, text=text) for index, text in enumerate(documents)]
     texts += [prompt.tail.format(query=query) + after]
@@ -151,17 +148,40 @@ def build_blocks(
     return PromptBlocks([token for block in blocks for token in block], lengths, truncated)
 
 
-def _around_user_turn(tokenizer: Any, answer: str) -> tuple[str, str]:
-    """What comes before the prefix and after the tail; the second ends with ``answer``."""
+def around_user_turn(tokenizer: Any, answer: str = "", system: str = "") -> tuple[str, str]:
+    """What a chat template puts before and after one user turn; plain text where the tokenizer has no template.
+
+    Args:
+        tokenizer: a Transformers tokenizer.
+        answer: beginning of the model's answer; the second text ends with it.
+        system: the system turn; templates without such a turn get it at the beginning of the user's.
+
+    Raises:
+        ValueError: the chat template does not give the user's turn back as it was.
+    """
+    folded = f"{system}\n " if system else ""
     if not getattr(tokenizer, "chat_template", None):
-        return "", answer
+        return folded, answer
     turns = [{"role": "user", "content": _SENTINEL}]
     if answer:
         turns.append({"role": "assistant", "content": answer})
-    text = tokenizer.apply_chat_template(
-        turns, tokenize=False, add_generation_prompt=not answer, continue_final_message=bool(answer)
-    )
-    before, found, after = text.partition(_SENTINEL)
+
+    def rendered(turns: list[dict[str, str]]) -> str:
+        return tokenizer.apply_chat_template(
+            turns,
+            tokenize=False,
+            add_generation_prompt=not answer,
+            continue_final_message=bool(answer),
+            enable_thinking=False,
+        )
+
+    text = ""
+    if system:
+        with contextlib.suppress(Exception):  # templates raise what they like when they know no system role
+            text = rendered([{"role": "system", "content": system}, *turns])
+        if system in text:
+            folded = ""
+    before, found, after = (text if system and not folded else rendered(turns)).partition(_SENTINEL)
     if not found or _SENTINEL in after:
         raise ValueError(f"tokenizer: expected a chat template that repeats the user's turn once, got {text!r}")
-    return before, after
+    return before + folded, after
