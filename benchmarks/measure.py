@@ -124,7 +124,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Problem:
-    """One case in one dtype. ``unit`` is that of ``Implementation.work``: ``"FLOP"``, ``"B"`` or ``"pair"``."""
+    """One case in one dtype. ``unit`` is that of ``Implementation.work``: ``"FLOP"``, ``"B"``, ``"pair"``, ..."""
 
     implementations: tuple[Implementation, ...]
     findings: tuple[Finding, ...] = ()

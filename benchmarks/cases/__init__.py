@@ -3,4 +3,4 @@
 A case module has ``CASES``, a tuple of ``measure.Case``.
 """
 
-MODULES = ("block_attention", "document_scores", "listwise_loss", "model")
+MODULES = ("block_attention", "candidate_logits", "document_scores", "listwise_loss", "model", "rerankers")

@@ -45,6 +45,26 @@ QWEN3_06B = Shape(layers=4, layer=2, hidden=1024, intermediate=3072, heads=(16, 
 TINY = Shape(layers=3, layer=1, hidden=32, intermediate=48, heads=(4, 2, 16), vocabulary=64)
 
 
+def configuration(shape: Shape, **more: Any) -> Any:
+    """Of Qwen3-0.6B but for its sizes."""
+    from transformers import Qwen3Config
+
+    query_heads, kv_heads, head_size = shape.heads
+    return Qwen3Config(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=query_heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_size,
+        max_position_embeddings=40960,
+        rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        **more,
+    )
+
+
 class Inputs:
     """The model, its tokens and its layout, made when first used."""
 
@@ -64,24 +84,11 @@ class Inputs:
     @cached_property
     def stock(self) -> Any:
         """The unchanged model, with SDPA."""
-        from transformers import Qwen3Config, Qwen3Model
+        from transformers import Qwen3Model
 
-        query_heads, kv_heads, head_size = self.shape.heads
-        config = Qwen3Config(
-            vocab_size=self.shape.vocabulary,
-            hidden_size=self.shape.hidden,
-            intermediate_size=self.shape.intermediate,
-            num_hidden_layers=self.shape.layers,
-            num_attention_heads=query_heads,
-            num_key_value_heads=kv_heads,
-            head_dim=head_size,
-            max_position_embeddings=40960,
-            rms_norm_eps=1e-6,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        )
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(0)
-            model: Any = Qwen3Model(config)
+            model: Any = Qwen3Model(configuration(self.shape))
         model.set_attn_implementation("sdpa")
         return model.to(self.dtype).eval()
 
