@@ -16,7 +16,8 @@ import torch
 
 from cases.model import QWEN3_06B, TINY, Shape, configuration
 from measure import Call, Case, Expected, Implementation, Problem
-from rankernel import models
+from rankernel import BlockLayout, models
+from rankernel.models.packing import shared_length
 from workloads import ranking_list
 
 OP = "block_attention"
@@ -33,6 +34,11 @@ class Workload:
     @property
     def prompts(self) -> list[list[int]]:
         return [prompt for group in self.groups for prompt in group]
+
+    @property
+    def shared(self) -> int:
+        """Tokens that the prompts of the first group begin with."""
+        return shared_length(self.groups[0])
 
     def __str__(self) -> str:
         lengths = [len(prompt) for prompt in self.prompts]
@@ -74,15 +80,23 @@ def embedding(documents: int, shape: Shape) -> Workload:
 
 
 def groupwise(documents: int, shape: Shape) -> Workload:
-    """Documents in groups of 20, a question about each of a group's documents behind all of them (GroupRank)."""
+    """A question about each document of a group behind all of them (GroupRank)."""
     beginning = _tokens(0, 60, shape.vocabulary)
-    places = list(enumerate(ranking_list(documents)[1]))
-    groups = []
-    for begin in range(0, documents, 20):
-        chunk = places[begin : begin + 20]
-        text = [token for place, length in chunk for token in _tokens(2 + place, length, shape.vocabulary)]
-        groups.append([beginning + text + _tokens(1000 + place, 8, shape.vocabulary) for place, _ in chunk])
-    return Workload(groups, 10)
+    lengths = ranking_list(documents)[1]
+    for place, length in enumerate(lengths):
+        beginning += _tokens(2 + place, length, shape.vocabulary)
+    return Workload([[beginning + _tokens(1000 + place, 8, shape.vocabulary) for place in range(documents)]], 10)
+
+
+def listwise(documents: int, shape: Shape) -> Workload:
+    """One prompt with all documents, behind which their letters are read (FIRST)."""
+    return Workload([[_tokens(0, 120 + sum(ranking_list(documents)[1]), shape.vocabulary)]], documents)
+
+
+def icr(documents: int, shape: Shape) -> Workload:
+    """All documents and a query, and the same with one without content (ICR)."""
+    beginning = _tokens(0, 20 + sum(ranking_list(documents)[1]), shape.vocabulary)
+    return Workload([[beginning + _tokens(1, 45, shape.vocabulary), beginning + _tokens(2, 35, shape.vocabulary)]], 0)
 
 
 class Inputs:
@@ -176,7 +190,7 @@ def _once(call: Call) -> torch.Tensor:
     return result
 
 
-def problem(build: Callable[[Shape], Workload], shape: Shape, dtype: torch.dtype) -> Problem:
+def prompts_problem(build: Callable[[Shape], Workload], shape: Shape, dtype: torch.dtype) -> Problem:
     """Scores of all prompts."""
     inputs = Inputs(build(shape), shape, dtype)
     expected = inputs.expected()
@@ -196,8 +210,54 @@ def problem(build: Callable[[Shape], Workload], shape: Shape, dtype: torch.dtype
     )
 
 
+def icr_packed(inputs: Inputs) -> Call:
+    """Attached model: documents once, both queries behind them; attention mass of the documents' tokens [2, P]."""
+    model, (query, none) = inputs.attached.model, inputs.workload.prompts
+    shared = inputs.workload.shared
+    layout = BlockLayout.from_lengths([(shared, [len(query) - shared, len(none) - shared], 0)])
+    tokens = torch.tensor(query + none[shared:])
+    rows = [torch.arange(shared, len(query)), torch.arange(len(query), len(tokens))]
+    request = models.MassRequest(range(inputs.shape.layers), rows)
+    arguments = models.model_inputs(tokens, layout, scores=request)
+    return lambda: torch.stack(model(**arguments).attentions).sum(dim=0)[:, :shared]
+
+
+def icr_in_transformers(inputs: Inputs, dtype: torch.dtype | None = None) -> Call:
+    """Stock eager attention with ``output_attentions``, the prompt of each query in full."""
+    model = copy.deepcopy(inputs.stock.model)
+    model.set_attn_implementation("eager")
+    model.to(dtype or inputs.dtype)
+    shared = inputs.workload.shared
+
+    def mass(prompt: list[int]) -> torch.Tensor:
+        found = model(input_ids=torch.tensor([prompt]), use_cache=False, output_attentions=True).attentions
+        return torch.stack([weights[0, :, shared:, :shared].float().mean(dim=1).sum(dim=0) for weights in found]).sum(0)
+
+    return lambda: torch.stack([mass(prompt) for prompt in inputs.workload.prompts])
+
+
+def icr_problem(build: Callable[[Shape], Workload], shape: Shape, dtype: torch.dtype) -> Problem:
+    """Attention that the documents' tokens receive from a query and from one without content, over all layers."""
+    inputs = Inputs(build(shape), shape, dtype)
+    expected = Expected(
+        lambda: _once(icr_in_transformers(inputs, inputs.wide)), lambda: _once(icr_in_transformers(inputs))
+    )
+    return Problem(
+        (
+            Implementation("rankernel packed", lambda: icr_packed(inputs), expected, native_op=OP),
+            Implementation("stock eager attentions twice", lambda: icr_in_transformers(inputs), expected),
+        )
+    )
+
+
 def _case(
-    name: str, what: str, build: Callable[[Shape], Workload], shape: Shape, seconds: float = 10.0, **options: Any
+    name: str,
+    what: str,
+    build: Callable[[Shape], Workload],
+    shape: Shape,
+    seconds: float = 10.0,
+    problem: Callable[[Callable[[Shape], Workload], Shape, torch.dtype], Problem] = prompts_problem,
+    **options: Any,
 ) -> Case:
     words = f"{what}, {shape.layers} layers of {shape.hidden}, {build(shape)}"
     return Case(name, words, partial(problem, build, shape), seconds=seconds, **options)
@@ -207,8 +267,11 @@ BFLOAT16 = {"dtypes": (torch.bfloat16,)}
 CASES = (
     _case("tiny", "pointwise", partial(pointwise, 3, 5), TINY, 0.1),
     _case("tiny-embedding", "embeddings", partial(embedding, 3), TINY, 0.1),
+    _case("tiny-icr", "attention of two queries", partial(icr, 3), TINY, 0.1, icr_problem),
     _case("pointwise-50", "pointwise", partial(pointwise, 50, 200), QWEN3_06B, default=True, **BFLOAT16),
     _case("pairwise-10", "all pairs", partial(pairwise, 10), QWEN3_06B, **BFLOAT16),
-    _case("groupwise-40", "groups of 20", partial(groupwise, 40), QWEN3_06B, **BFLOAT16),
+    _case("groupwise-10", "a group of 10", partial(groupwise, 10), QWEN3_06B, **BFLOAT16),
     _case("embedding-50", "embeddings", partial(embedding, 50), QWEN3_06B, **BFLOAT16),
+    _case("first-20", "one window", partial(listwise, 20), QWEN3_06B, **BFLOAT16),
+    _case("icr-20", "attention of two queries", partial(icr, 20), QWEN3_06B, problem=icr_problem, **BFLOAT16),
 )

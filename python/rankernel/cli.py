@@ -33,6 +33,7 @@ import torch
 
 import rankernel
 from rankernel import backends, run_files
+from rankernel.models.packing import BATCH_TOKENS
 from rankernel.rerankers import METHODS, Ranking, Reranker
 from rankernel.run_files import FileError
 
@@ -91,7 +92,7 @@ def rerank(
         int | None,
         typer.Option(min=0, help="Of blockrank: layer that scores, from 0; by default as rankernel.json says."),
     ] = None,
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens to pack in one row.")] = 16384,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens to pack in one row.")] = BATCH_TOKENS,
     qrels: Annotated[Path | None, typer.Option(help="TREC judgements, to measure both runs with.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     explain: Annotated[bool, typer.Option("--explain", help="Print every score and what it was made of.")] = False,

@@ -9,6 +9,10 @@ import torch
 
 from rankernel.layout import BlockLayout
 
+BATCH_TOKENS = 4096
+"""Tokens that are packed in one row. On a CPU, rows several times as long cost up to twice as much a token: PyTorch's
+intermediate results then are fresh memory each time, whose pages the system has to provide."""
+
 Prompt = list[int]
 """Token ids of one prompt."""
 
@@ -47,7 +51,7 @@ def packed_tokens(groups: Sequence[Sequence[Prompt]]) -> int:
 
 
 def pack_prompts(
-    groups: Sequence[Sequence[Prompt]], *, batch_tokens: int = 16384, window: int | None = None, last: int = 1
+    groups: Sequence[Sequence[Prompt]], *, batch_tokens: int = BATCH_TOKENS, window: int | None = None, last: int = 1
 ) -> Iterator[PackedPrompts]:
     """Packs prompts so that a causal model gives each the hidden states that it has alone, without padding.
 

@@ -9,11 +9,10 @@ from typing import NamedTuple, cast, overload
 
 import numpy as np
 
+from rankernel.models.packing import BATCH_TOKENS
+
 Pair = tuple[str, str]
 """Query and document."""
-
-BATCH_TOKENS = 16384
-"""Tokens that rerankers pack in one row."""
 
 
 @dataclass(frozen=True)
