@@ -79,16 +79,26 @@ inline void multiply_tile(const H* const* hidden, const T* const* weights, int64
     step(k, [](const auto* row, int64_t at) { return Dot::load_whole(row + at); });
   }
   if (k < size) step(k, [size](const auto* row, int64_t at) { return Dot::load_up_to(row + at, size - at); });
+  if constexpr (kHidden * kTileWeights == kWidth) {
+    Vec tile[kWidth];
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) tile[i] = sums[i % kHidden][i / kHidden][0];
+    alignas(64) float lanes[kWidth];
+    store(lanes, reduce_add(tile));
+    for (int b = 0; b < kHidden; ++b)
+      __builtin_memcpy(z + b * kWeightBlock, lanes + b * kTileWeights, kTileWeights * sizeof(float));
+  } else {
 #pragma GCC unroll 4
-  for (int b = 0; b < kHidden; ++b)
+    for (int b = 0; b < kHidden; ++b)
 #pragma GCC unroll 4
-    for (int j = 0; j < kTileWeights; ++j) {
+      for (int j = 0; j < kTileWeights; ++j) {
 #pragma GCC unroll 3
-      for (int half = kSums / 2; half > 0; half /= 2)
+        for (int half = kSums / 2; half > 0; half /= 2)
 #pragma GCC unroll 4
-        for (int s = 0; s < half; ++s) sums[b][j][s] = add(sums[b][j][s], sums[b][j][s + half]);
-      z[b * kWeightBlock + j] = reduce_add(sums[b][j][0]);
-    }
+          for (int s = 0; s < half; ++s) sums[b][j][s] = add(sums[b][j][s], sums[b][j][s + half]);
+        z[b * kWeightBlock + j] = reduce_add(sums[b][j][0]);
+      }
+  }
 }
 
 // Four weight rows stay in L1 while the hidden rows pass.

@@ -66,6 +66,18 @@ inline float reduce_add(Vec a) {
   return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
 }
 
+// Lane 4q + p is reduce_add(r[2p + q]), bit by bit: halves are added to halves, as many vectors at a time as fit in
+// one.
+inline Vec reduce_add(const Vec (&r)[kWidth]) {
+  Vec t[4], u[2];
+  for (int i = 0; i < 4; ++i)
+    t[i] =
+        add(_mm256_permute2f128_ps(r[2 * i], r[2 * i + 1], 0x20), _mm256_permute2f128_ps(r[2 * i], r[2 * i + 1], 0x31));
+  for (int i = 0; i < 2; ++i)
+    u[i] = add(_mm256_shuffle_ps(t[2 * i], t[2 * i + 1], 0x44), _mm256_shuffle_ps(t[2 * i], t[2 * i + 1], 0xee));
+  return add(_mm256_shuffle_ps(u[0], u[1], 0x88), _mm256_shuffle_ps(u[0], u[1], 0xdd));
+}
+
 // Lanes [begin, end) of x, `fill` in the others; begin and end may lie outside the vector.
 inline Vec keep(Vec x, int begin, int end, Vec fill) {
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);

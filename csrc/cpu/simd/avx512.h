@@ -66,6 +66,19 @@ inline Vec select_less(Vec a, Vec b, Vec if_less, Vec otherwise) {
 inline float reduce_max(Vec a) { return _mm512_reduce_max_ps(a); }
 inline float reduce_add(Vec a) { return _mm512_reduce_add_ps(a); }
 
+// Lane 4q + p is reduce_add(r[4p + q]), bit by bit: halves are added to halves, as many vectors at a time as fit in
+// one.
+inline Vec reduce_add(const Vec (&r)[kWidth]) {
+  Vec t[8], u[4], v[2];
+  for (int i = 0; i < 8; ++i)
+    t[i] = add(_mm512_shuffle_f32x4(r[2 * i], r[2 * i + 1], 0x44), _mm512_shuffle_f32x4(r[2 * i], r[2 * i + 1], 0xee));
+  for (int i = 0; i < 4; ++i)
+    u[i] = add(_mm512_shuffle_f32x4(t[2 * i], t[2 * i + 1], 0x88), _mm512_shuffle_f32x4(t[2 * i], t[2 * i + 1], 0xdd));
+  for (int i = 0; i < 2; ++i)
+    v[i] = add(_mm512_shuffle_ps(u[2 * i], u[2 * i + 1], 0x44), _mm512_shuffle_ps(u[2 * i], u[2 * i + 1], 0xee));
+  return add(_mm512_shuffle_ps(v[0], v[1], 0x88), _mm512_shuffle_ps(v[0], v[1], 0xdd));
+}
+
 // Lanes [begin, end) of x, `fill` in the others; begin and end may lie outside the vector.
 inline Vec keep(Vec x, int begin, int end, Vec fill) {
   return _mm512_mask_blend_ps(static_cast<__mmask16>(first_lanes(end) & ~first_lanes(begin)), fill, x);

@@ -36,6 +36,7 @@ inline Vec copy_sign(Vec magnitude, Vec sign) { return __builtin_copysignf(magni
 inline Vec select_less(Vec a, Vec b, Vec if_less, Vec otherwise) { return a < b ? if_less : otherwise; }
 inline float reduce_max(Vec a) { return a; }
 inline float reduce_add(Vec a) { return a; }
+inline Vec reduce_add(const Vec (&r)[kWidth]) { return r[0]; }
 
 // Lanes [begin, end) of x, `fill` in the others; begin and end may lie outside the vector.
 inline Vec keep(Vec x, int begin, int end, Vec fill) { return begin <= 0 && end >= 1 ? x : fill; }
