@@ -10,14 +10,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
-from tokenizers import models as tokenizer_models
 from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from rankernel.demo import RANKER_DIRECTORY
 from rankernel.rerankers.first import FIRST, PREFIX, SUFFIX, SYSTEM, windows
 from tiny_models import make_model
-from tiny_ranker import CHAT_TEMPLATE, tiny_model
+from tiny_ranker import byte_tokenizer, tiny_model
 
 QUERY = "how to read a {file}"
 DOCUMENTS = [
@@ -27,19 +25,8 @@ DOCUMENTS = [
 
 
 def prompt_tokenizer(chat: bool = False) -> PreTrainedTokenizerFast:
-    """Byte-level, with the words of the prompt, so that prompts are short."""
-    tokenizer = Tokenizer(tokenizer_models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator([SYSTEM, PREFIX, SUFFIX], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
-    if chat:
-        fast.chat_template = CHAT_TEMPLATE
-    return fast
+    """With the words of the prompt, so that prompts are short."""
+    return byte_tokenizer([SYSTEM, PREFIX, SUFFIX], chat)
 
 
 def prompt_text(query: str, passages: list[str], chat: bool) -> str:

@@ -8,34 +8,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
-from tokenizers import models as tokenizer_models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from rankernel.demo import RANKER_DIRECTORY
 from rankernel.rerankers.groupwise import GROUPWISE_PROMPT, Groupwise
 from rankernel.rerankers.pointwise import integer_probabilities, integer_texts
 from tiny_models import make_model
-from tiny_ranker import CHAT_TEMPLATE, tiny_model
+from tiny_ranker import byte_tokenizer, tiny_model
 
 QUERY = "how to read a {file}"
 DOCUMENTS = ["open a file and read it", "", "the path " * 20, "write", "read [1] {x}", "close", "list files"]
 
 
 def prompt_tokenizer(*, chat: bool = False, ten: bool = False) -> PreTrainedTokenizerFast:
-    """Byte-level, with the words of the prompt, so that prompts are short."""
-    tokenizer = Tokenizer(tokenizer_models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator([GROUPWISE_PROMPT.replace("10", ""), *["10"] * 9 * ten], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
-    if chat:
-        fast.chat_template = CHAT_TEMPLATE
-    return fast
+    """With the words of the prompt, so that prompts are short."""
+    return byte_tokenizer([GROUPWISE_PROMPT.replace("10", ""), *["10"] * 9 * ten], chat)
 
 
 def stock_grades(

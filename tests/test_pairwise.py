@@ -11,14 +11,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
-from tokenizers import models as tokenizer_models
 from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from rankernel.demo import RANKER_DIRECTORY
 from rankernel.rerankers.pairwise import PRP_PROMPT, Comparisons, Pairwise, allpair, heapsort, sliding
 from tiny_models import make_model
-from tiny_ranker import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
+from tiny_ranker import byte_tokenizer, tiny_model, tiny_tokenizer
 
 QUERY = "how to read a {file}"
 DOCUMENTS = ["open a file and read it", "", "the path " * 20, "write", 'read [x] "now"', "close", "list files"]
@@ -180,19 +178,8 @@ def test_lists_of_one_document():
 
 
 def label_tokenizer(chat: bool = False) -> PreTrainedTokenizerFast:
-    """Byte-level, with " A" and " B" as tokens."""
-    tokenizer = Tokenizer(tokenizer_models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator([PRP_PROMPT, " A", " B"] * 4, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
-    if chat:
-        fast.chat_template = CHAT_TEMPLATE
-    return fast
+    """With " A" and " B" as tokens."""
+    return byte_tokenizer([PRP_PROMPT, " A", " B"] * 4, chat)
 
 
 def stock_outcomes(model: Any, tokenizer: Any, documents: list[str], chat: bool = False) -> Compare:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,38 +19,39 @@ CHAT_TEMPLATE = (
 )
 
 
-def tiny_tokenizer(chat: bool = False) -> PreTrainedTokenizerFast:
-    """Byte-level, so that every string can be written and read back."""
+def byte_tokenizer(
+    texts: Sequence[str],
+    chat: bool = False,
+    *,
+    vocab_size: int = 400,
+    special_tokens: Sequence[str] = ("</s>",),
+    **names: str,
+) -> PreTrainedTokenizerFast:
+    """Byte-level, so that every string can be written and read back, with the words of ``texts`` as tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size, special_tokens=[*special_tokens], initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator(["Query: how to read a file Documents: Answer: the path of the file"] * 4, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", **names)
     if chat:
         fast.chat_template = CHAT_TEMPLATE
     return fast
+
+
+def tiny_tokenizer(chat: bool = False) -> PreTrainedTokenizerFast:
+    """With the words of a few prompts."""
+    return byte_tokenizer(["Query: how to read a file Documents: Answer: the path of the file"] * 4, chat)
 
 
 def word_tokenizer(*, chat: bool = False) -> PreTrainedTokenizerFast:
-    """Byte-level, at most 330 tokens, among them the words that rerankers read."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=330,
-        special_tokens=["</s>", "<s>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(["yes", "no", " true", " false", " A", " B", " file"] * 9, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", bos_token="<s>")
-    if chat:
-        fast.chat_template = CHAT_TEMPLATE
-    return fast
+    """At most 330 tokens, among them the words that rerankers read."""
+    words = ["yes", "no", " true", " false", " A", " B", " file"] * 9
+    special_tokens = ["</s>", "<s>", "<|im_start|>", "<|im_end|>"]
+    return byte_tokenizer(words, chat, vocab_size=330, special_tokens=special_tokens, bos_token="<s>")
 
 
 def tiny_model(num_layers: int = 3, seed: int = 0) -> Qwen3ForCausalLM:

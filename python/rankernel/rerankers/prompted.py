@@ -44,16 +44,7 @@ def _nothing() -> Steps:
 
 
 class PromptReranker(ModelReranker):
-    """Base of the methods that read logits of a few tokens at the end of prompts.
-
-    Args:
-        model: a Transformers causal language model. It is attached, set to evaluation mode and stays attached.
-        tokenizer: its tokenizer.
-        max_document_tokens: longer documents keep their first so many tokens, and the result says so; None keeps all.
-
-    Raises:
-        ValueError: an argument out of range, or a model that cannot be attached.
-    """
+    """Base of the methods that read logits of a few tokens at the end of prompts; made as :class:`ModelReranker`."""
 
     read_tokens = 1
     """How many of a prompt's last tokens are read."""
