@@ -5,6 +5,7 @@ The head is that of Qwen3-0.6B: 151,936 tokens of 1,024 numbers, 311 MB in bfloa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -140,15 +141,17 @@ def log_probs_problem(shape: Shape, dtype: torch.dtype, device: str = "cpu", bac
     )
 
 
-def _case(build: object, name: str, shape: Shape, what: str, seconds: float = 4.0, default: bool = False) -> Case:
+def _case(
+    build: Callable[..., Problem], name: str, shape: Shape, what: str, seconds: float = 4.0, default: bool = False
+) -> Case:
     return Case(
         name,
         f"{what}, {shape}",
-        partial(build, shape),  # type: ignore[arg-type]
+        partial(build, shape),
         (torch.bfloat16, torch.float32),
         seconds,
         default,
-        partial(build, shape, device="cuda", backend="triton"),  # type: ignore[arg-type]
+        partial(build, shape, device="cuda", backend="triton"),
     )
 
 
