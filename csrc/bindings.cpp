@@ -173,7 +173,9 @@ int bound_candidate_logits(int isa, int dtype, const Rows& hidden, const Rows& w
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-  module.doc() = "CPU kernels of rankernel: block_attention, document_logsumexp, token_attention_mass.";
+  module.doc() =
+      "CPU kernels of rankernel: block_attention, candidate_logits, document_logsumexp, token_attention_mass, "
+      "listwise_loss, relevance_feedback.";
 
   module.def("isas", [] {
     std::vector<std::string> names;

@@ -94,7 +94,10 @@ def stock_scores(
     model: Any, tokenizer: Any, query: str, documents: list[str], window: int, step: int, limit: int | None
 ) -> ListScores:
     """The whole prompt for every answer, stock attention, all logits."""
-    encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
     before, after = around_user_turn(tokenizer, "[")
     prefix, tail = encode(before + IRANKER.prefix.format(query=query)), encode(IRANKER.tail.format(query=query) + after)
     bodies = [encode(f" {document}") for document in documents]

@@ -59,7 +59,10 @@ def check(ranker: Reranker, expected: list[float]) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_probability_of_yes_against_no(family, prompt):
     tokenizer, stock = word_tokenizer(), tiny(family)
-    encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
     expected = []
     for document in DOCUMENTS:
         body = prompt.body.format(instruction=INSTRUCTION, query=QUERY, document=document)

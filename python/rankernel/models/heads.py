@@ -12,6 +12,7 @@ import torch
 from rankernel.models.attach import decoder_of, unwrap
 from rankernel.models.early_exit import family_of
 from rankernel.ops import candidate_logits
+from rankernel.ops._checks import check_candidates
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,12 +53,9 @@ class Head:
         candidates = candidates.to(hidden.device)
         weight, bias = self.weight, self.bias
         if weight is None:
-            # The wrapped head's logits are those of an identity of candidates: only what comes after is left to do.
-            logits = self.module(hidden)
-            vocabulary = logits.shape[-1]
-            if candidates.numel() and not 0 <= int(candidates.min()) <= int(candidates.max()) < vocabulary:
-                raise ValueError(f"candidates: expected token ids in [0, {vocabulary}), got {candidates.tolist()}")
-            logits = logits.float() * self.scale
+            # What a wrapper adds to single rows is not known, so it says all logits, and the rest is as in the op.
+            logits = self.module(hidden).float() * self.scale
+            check_candidates(candidates, logits.shape[-1])
             if self.softcap is not None:
                 logits = self.softcap * torch.tanh(logits / self.softcap)
             if log_probs:

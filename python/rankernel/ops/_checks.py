@@ -82,6 +82,12 @@ def check_status(status: int, rows: torch.Tensor | None = None) -> None:
         raise ValueError(f"rows: expected positions of packed tokens, got {rows}")
 
 
+def check_candidates(candidates: torch.Tensor, vocabulary: int) -> None:
+    """Raises ValueError for token ids outside the vocabulary. Reads candidates."""
+    if candidates.numel() and not 0 <= int(candidates.min()) <= int(candidates.max()) < vocabulary:
+        raise ValueError(f"candidates: expected token ids in [0, {vocabulary}), got {candidates.tolist()}")
+
+
 def why_no_kernel(query: torch.Tensor) -> str | None:
     """Why no native kernel covers these inputs, or None."""
     if query.device.type != "cpu":

@@ -115,11 +115,6 @@ def _check(
     return candidates.to(torch.int64).contiguous()
 
 
-def _check_range(candidates: torch.Tensor, vocabulary: int) -> None:
-    if candidates.numel() and not 0 <= int(candidates.min()) <= int(candidates.max()) < vocabulary:
-        raise ValueError(f"candidates: expected token ids in [0, {vocabulary}), got {candidates.tolist()}")
-
-
 @functools.cache
 def _gpu_kernels(implementation: str) -> Any:
     return importlib.import_module(
@@ -179,7 +174,7 @@ def _forward(
             stream = torch.cuda.current_stream().cuda_stream
             torch.cuda.check_error(extension.candidate_logits(*arguments, workspace.data_ptr(), stream))
     elif _C.candidate_logits(backends.isa_level(), *arguments, torch.get_num_threads()):
-        _check_range(candidates, weight.shape[0])
+        _checks.check_candidates(candidates, weight.shape[0])
     return out, lse
 
 
@@ -192,7 +187,7 @@ def _in_pytorch(
     softcap: float | None,
     log_probs: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    _check_range(candidates, weight.shape[0])
+    _checks.check_candidates(candidates, weight.shape[0])
     options: dict[str, Any] = {"bias": bias, "scale": scale, "softcap": softcap}
     logits = reference.candidate_logits(hidden, weight, candidates, **options)
     if not log_probs:

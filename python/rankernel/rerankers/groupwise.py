@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from rankernel.rerankers.pointwise import integer_probabilities, integer_texts
+from rankernel.rerankers.pointwise import expected_integers, integer_probabilities, integer_texts
 from rankernel.rerankers.prompted import PromptReranker, Steps
 from rankernel.rerankers.prompts import around_user_turn
 from rankernel.rerankers.protocol import ListScores
@@ -49,6 +48,7 @@ class Groupwise(PromptReranker):
     """
 
     read_tokens = 2
+    log_probs = True
 
     def __init__(
         self,
@@ -67,10 +67,6 @@ class Groupwise(PromptReranker):
         self.use_candidates(integer_texts(tokenizer))
         self._around = around_user_turn(tokenizer, "[")
 
-    def read(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities of the digits."""
-        return self.head.candidate_logits(hidden, self.candidates, log_probs=True)
-
     def steps(self, query: str, documents: Sequence[str]) -> Steps:
         """See :class:`PromptReranker`."""
         documents, truncated = self.cut(documents)
@@ -83,8 +79,7 @@ class Groupwise(PromptReranker):
             for begin in range(0, len(order), self.group_size)
         ]
         log_probs = yield [self._prompts(query, [documents[index] for index in group]) for group in groups]
-        integers = integer_probabilities(log_probs)
-        expected = integers @ np.arange(11) / integers.sum(axis=1)
+        expected = expected_integers(integer_probabilities(log_probs))
         by_round = np.empty((self.rounds, num_documents))
         np.put_along_axis(by_round, np.array(orders), expected.reshape(by_round.shape), axis=1)
         names = [f"round {number}" for number in range(self.rounds)]

@@ -190,6 +190,11 @@ def integer_probabilities(log_probs: np.ndarray) -> np.ndarray:
     return np.column_stack([first[:, :1], first[:, 1] - one_and_zero, first[:, 2:10], ten])
 
 
+def expected_integers(probabilities: np.ndarray) -> np.ndarray:
+    """``sum k P(k) / sum P(k)``, float64 [N], of :func:`integer_probabilities`."""
+    return probabilities @ np.arange(11) / probabilities.sum(axis=1)
+
+
 class ERank(PromptReranker):
     """An integer from 0 to 10, weighed with its probability (ERank, METHODS.md section 6.3).
 
@@ -209,6 +214,7 @@ class ERank(PromptReranker):
     """
 
     read_tokens = 2
+    log_probs = True
 
     def __init__(
         self,
@@ -225,10 +231,6 @@ class ERank(PromptReranker):
         self.use_candidates(integer_texts(tokenizer))
         self._around = around_user_turn(tokenizer, "<answer>")
 
-    def read(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities of the digits."""
-        return self.head.candidate_logits(hidden, self.candidates, log_probs=True)
-
     def steps(self, query: str, documents: Sequence[str]) -> Steps:
         """See :class:`PromptReranker`."""
         documents, truncated = self.cut(documents)
@@ -241,7 +243,7 @@ class ERank(PromptReranker):
         integers = integer_probabilities(log_probs)
         best = integers.argmax(axis=1)
         top = best * integers[np.arange(len(best)), best]
-        expected = integers @ np.arange(11) / integers.sum(axis=1)
+        expected = expected_integers(integers)
         return ListScores(
             (top if self.score == "top" else expected).tolist(),
             truncated,

@@ -48,14 +48,16 @@ class PromptReranker(ModelReranker):
 
     read_tokens = 1
     """How many of a prompt's last tokens are read."""
+    log_probs = False
+    """Whether log-probabilities over the vocabulary are read instead of logits."""
 
     @abstractmethod
     def steps(self, query: str, documents: Sequence[str]) -> Steps:
         """The method on one list of at least one document."""
 
     def read(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Float32 [N, C] from final hidden states [N, E]: by default the logits of :attr:`candidates`."""
-        return self.head.candidate_logits(hidden, self.candidates)
+        """Float32 [N, C] from final hidden states [N, E]: by default what the head says of :attr:`candidates`."""
+        return self.head.candidate_logits(hidden, self.candidates, log_probs=self.log_probs)
 
     def use_candidates(self, texts: Sequence[str]) -> None:
         """Resolves the tokens whose logits :meth:`read` gives, in this order; for constructors.

@@ -179,9 +179,11 @@ def around_user_turn(tokenizer: Any, answer: str = "", system: str = "") -> tupl
     if system:
         with contextlib.suppress(Exception):  # templates raise what they like when they know no system role
             text = rendered([{"role": "system", "content": system}, *turns])
-        if system in text:
-            folded = ""
-    before, found, after = (text if system and not folded else rendered(turns)).partition(_SENTINEL)
+    if system and system in text:
+        folded = ""
+    else:
+        text = rendered(turns)
+    before, found, after = text.partition(_SENTINEL)
     if not found or _SENTINEL in after:
         raise ValueError(f"tokenizer: expected a chat template that repeats the user's turn once, got {text!r}")
     return before + folded, after
