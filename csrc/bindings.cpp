@@ -16,6 +16,7 @@
 #include "cpu/dispatch.h"
 #include "document_scores.h"
 #include "listwise_loss.h"
+#include "lora_linear.h"
 #include "relevance_feedback.h"
 
 namespace py = pybind11;
@@ -170,12 +171,75 @@ int bound_candidate_logits(int isa, int dtype, const Rows& hidden, const Rows& w
   return static_cast<int>(candidate_logits(args, isa));
 }
 
+// Address, rank, strides of ranks and columns; column, scale; address and strides of the gradient.
+using Factor = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int64_t, float, uintptr_t, int64_t, int64_t>;
+using Segments = std::tuple<uintptr_t, uintptr_t, int64_t>;  // addresses of offsets (0: none) and adapters, count
+using DropoutPair = std::pair<uint32_t, uint64_t>;           // threshold, seed
+
+std::vector<LoraFactor> factors_of(const std::vector<Factor>& described) {
+  std::vector<LoraFactor> factors;
+  for (const auto& [data, rank, rank_stride, size_stride, column, scale, gradient, gradient_rank, gradient_size] :
+       described)
+    factors.push_back({pointer<const void>(data), rank, rank_stride, size_stride, column, scale,
+                       pointer<void>(gradient), gradient_rank, gradient_size});
+  return factors;
+}
+
+LoraSegments segments_of(const Segments& t) {
+  return {pointer<const int64_t>(std::get<0>(t)), pointer<const int64_t>(std::get<1>(t)), std::get<2>(t)};
+}
+
+int bound_lora_shrink(int isa, int dtype, int factor_dtype, const Rows& x, const std::array<int64_t, 3>& sizes,
+                      const std::vector<Factor>& described, const Rows& sums, const Rows& coefficients,
+                      const Segments& segments, const DropoutPair& dropout, int num_threads) {
+  const std::vector<LoraFactor> factors = factors_of(described);
+  const LoraShrinkArgs args{static_cast<DType>(dtype),
+                            static_cast<DType>(factor_dtype),
+                            pointer<const void>(x.first),
+                            x.second,
+                            sizes[0],
+                            sizes[1],
+                            factors.data(),
+                            static_cast<int64_t>(factors.size()),
+                            sizes[2],
+                            pointer<float>(sums.first),
+                            sums.second,
+                            pointer<const float>(coefficients.first),
+                            coefficients.second,
+                            segments_of(segments),
+                            {dropout.first, dropout.second},
+                            num_threads};
+  const py::gil_scoped_release release;
+  return static_cast<int>(lora_shrink(args, isa));
+}
+
+int bound_lora_expand(int isa, int dtype, int factor_dtype, const Rows& out, const std::array<int64_t, 2>& sizes,
+                      const std::vector<Factor>& described, const Rows& coefficients, const Segments& segments,
+                      const DropoutPair& dropout, int num_threads) {
+  const std::vector<LoraFactor> factors = factors_of(described);
+  const LoraExpandArgs args{static_cast<DType>(dtype),
+                            static_cast<DType>(factor_dtype),
+                            pointer<void>(out.first),
+                            out.second,
+                            sizes[0],
+                            sizes[1],
+                            factors.data(),
+                            static_cast<int64_t>(factors.size()),
+                            pointer<const float>(coefficients.first),
+                            coefficients.second,
+                            segments_of(segments),
+                            {dropout.first, dropout.second},
+                            num_threads};
+  const py::gil_scoped_release release;
+  return static_cast<int>(lora_expand(args, isa));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
   module.doc() =
       "CPU kernels of rankernel: block_attention, candidate_logits, document_logsumexp, token_attention_mass, "
-      "listwise_loss, relevance_feedback.";
+      "listwise_loss, lora_shrink, lora_expand, relevance_feedback.";
 
   module.def("isas", [] {
     std::vector<std::string> names;
@@ -211,4 +275,6 @@ PYBIND11_MODULE(_C, module) {
   module.def("listwise_loss", bound_listwise_loss);
   module.def("relevance_feedback", bound_relevance_feedback);
   module.def("candidate_logits", bound_candidate_logits);
+  module.def("lora_shrink", bound_lora_shrink);
+  module.def("lora_expand", bound_lora_expand);
 }

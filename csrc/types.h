@@ -29,6 +29,13 @@ struct Layout {
 };
 
 // Why an op did nothing. Python turns these into exceptions.
-enum class Status : int { kOk = 0, kBadLayout = 1, kBadRows = 2, kBadOffsets = 3, kBadCandidates = 4 };
+enum class Status : int {
+  kOk = 0,
+  kBadLayout = 1,
+  kBadRows = 2,
+  kBadOffsets = 3,
+  kBadCandidates = 4,
+  kBadSegments = 5
+};
 
 }  // namespace rankernel

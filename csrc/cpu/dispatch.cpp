@@ -9,7 +9,7 @@ constexpr bool kEmulated = true;
 constexpr bool kEmulated = false;
 #endif
 
-constexpr int kAttention = 0, kScores = 1, kListwise = 2, kFeedback = 3, kCandidates = 4;
+constexpr int kAttention = 0, kScores = 1, kListwise = 2, kFeedback = 3, kCandidates = 4, kLora = 5;
 
 }  // namespace
 
@@ -44,6 +44,13 @@ extern const KernelTable kKernelTables[] = {
       /* amx          */ {false, false, false},
       /* amx_emulated */ {false, false, false}}},
     {"candidate_logits",
+     {/* scalar       */ {true, true, true},
+      /* avx2         */ {true, true, true},
+      /* avx512       */ {true, true, true},
+      /* avx512bf16   */ {false, true, false},
+      /* amx          */ {false, true, false},
+      /* amx_emulated */ {false, kEmulated, false}}},
+    {"lora_linear",
      {/* scalar       */ {true, true, true},
       /* avx2         */ {true, true, true},
       /* avx512       */ {true, true, true},
@@ -126,6 +133,25 @@ CandidateKernels select_candidate_kernels(DType dtype, int isa) {
       return avx2::candidate_kernels(dtype);
     default:
       return scalar::candidate_kernels(dtype);
+  }
+}
+
+LoraKernels select_lora_kernels(DType dtype, DType factor_dtype, int isa) {
+  switch (select_isa(kKernelTables[kLora], dtype, isa)) {
+#ifdef RANKERNEL_AMX_EMULATED
+    case kAmxEmulated:
+      return amx_emulated::lora_kernels(dtype, factor_dtype);
+#endif
+    case kAmx:
+      return amx::lora_kernels(dtype, factor_dtype);
+    case kAvx512Bf16:
+      return avx512bf16::lora_kernels(dtype, factor_dtype);
+    case kAvx512:
+      return avx512::lora_kernels(dtype, factor_dtype);
+    case kAvx2:
+      return avx2::lora_kernels(dtype, factor_dtype);
+    default:
+      return scalar::lora_kernels(dtype, factor_dtype);
   }
 }
 

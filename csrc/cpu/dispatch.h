@@ -6,6 +6,7 @@
 #include "candidate_kernels.h"
 #include "feedback_kernels.h"
 #include "listwise_kernels.h"
+#include "lora_kernels.h"
 
 namespace rankernel {
 
@@ -25,5 +26,6 @@ ScoreKernels select_score_kernels(DType dtype, int isa);
 ListwiseKernels select_listwise_kernels(DType dtype, int isa);
 FeedbackKernels select_feedback_kernels(DType dtype, int isa);
 CandidateKernels select_candidate_kernels(DType dtype, int isa);
+LoraKernels select_lora_kernels(DType dtype, DType factor_dtype, int isa);
 
 }  // namespace rankernel

@@ -6,6 +6,9 @@ Tensor = tuple[int, int, int]  # address, token stride, head stride, in elements
 Rows = tuple[int, int]  # address, stride in elements
 Layout = tuple[int, int, int, int, bool]  # addresses of cu_seqlens and list_offsets, segments, lists, causal
 Heads = tuple[int, int, int]  # query heads, KV heads, head size
+# Address, rank, strides of ranks and columns; column, scale; address (0: none) and strides of the gradient
+Factor = tuple[int, int, int, int, int, float, int, int, int]
+Segments = tuple[int, int, int]  # addresses of offsets (0: none) and adapters, count
 
 def isas() -> list[str]: ...
 def missing_features() -> dict[str, str]: ...
@@ -102,6 +105,33 @@ def candidate_logits(
     softcap: float,  # 0: none
     out: int,
     lse: int,  # 0: logits
+    num_threads: int,
+    /,
+) -> int: ...
+def lora_shrink(
+    isa: int,
+    dtype: int,
+    factor_dtype: int,
+    x: Rows,
+    sizes: tuple[int, int, int],  # rows, columns, width of sums and coefficients
+    factors: Sequence[Factor],
+    sums: Rows,  # address 0: not wanted
+    coefficients: Rows,  # address 0: no gradients
+    segments: Segments,
+    dropout: tuple[int, int],  # threshold (0: none), seed
+    num_threads: int,
+    /,
+) -> int: ...
+def lora_expand(
+    isa: int,
+    dtype: int,
+    factor_dtype: int,
+    out: Rows,
+    sizes: tuple[int, int],  # rows, columns
+    factors: Sequence[Factor],
+    coefficients: Rows,
+    segments: Segments,
+    dropout: tuple[int, int],  # threshold (0: none), seed
     num_threads: int,
     /,
 ) -> int: ...

@@ -1,8 +1,9 @@
 """rankernel: compiled kernels that make LLM rerankers fast.
 
 Ops: :func:`block_attention`, :func:`document_logsumexp`, :func:`token_attention_mass` over a :class:`BlockLayout`;
-:func:`candidate_logits` of a few tokens; :func:`listwise_loss` over lists of scores; :func:`relevance_feedback` on
-query vectors.
+:func:`candidate_logits` of a few tokens; :func:`lora_linear`, :func:`multi_lora_linear` and
+:func:`segment_lora_linear` for low-rank adapters; :func:`listwise_loss` over lists of scores;
+:func:`relevance_feedback` on query vectors.
 Models: :func:`attach` to a Hugging Face model. Rerankers: :mod:`rankernel.rerankers`.
 """
 
@@ -16,7 +17,11 @@ from rankernel.ops import (
     candidate_logits,
     document_logsumexp,
     listwise_loss,
+    lora_linear,
+    lora_update,
+    multi_lora_linear,
     relevance_feedback,
+    segment_lora_linear,
     token_attention_mass,
 )
 
@@ -35,7 +40,11 @@ __all__ = [
     "document_logsumexp",
     "early_exit",
     "listwise_loss",
+    "lora_linear",
+    "lora_update",
     "model_inputs",
+    "multi_lora_linear",
     "relevance_feedback",
+    "segment_lora_linear",
     "token_attention_mass",
 ]

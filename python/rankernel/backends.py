@@ -19,9 +19,9 @@ import torch
 
 from rankernel import _C
 
-OPS = ("block_attention", "candidate_logits", "document_scores", "listwise_loss", "relevance_feedback")
+OPS = ("block_attention", "candidate_logits", "document_scores", "listwise_loss", "lora_linear", "relevance_feedback")
 BACKENDS = ("reference", "cpu", "triton", "cuda")
-GPU_OPS = ("candidate_logits", "listwise_loss")
+GPU_OPS = ("candidate_logits", "listwise_loss", "lora_linear")
 """Ops that have Triton and CUDA C++ kernels."""
 ISAS: tuple[str, ...] = tuple(_C.isas())
 """Instruction sets this build has kernels for, slowest first."""

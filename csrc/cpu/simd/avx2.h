@@ -105,6 +105,10 @@ inline Vec exponent(Vec x) {
 // table[index], the index an integer in a float.
 inline Vec gather(const float* table, Vec index) { return _mm256_i32gather_ps(table, _mm256_cvtps_epi32(index), 4); }
 
+// 64-bit lanes, and products of their low halves.
+using Lanes64 = __m256i;
+inline Lanes64 multiply_halves(Lanes64 a, Lanes64 b) { return _mm256_mul_epu32(a, b); }
+
 inline void transpose(Vec (&r)[kWidth]) {
   Vec t[kWidth];
   for (int i = 0; i < 4; ++i) {

@@ -54,4 +54,8 @@ inline Vec exponent(Vec x) { return static_cast<float>(static_cast<int32_t>(to_b
 // table[index], the index an integer in a float.
 inline Vec gather(const float* table, Vec index) { return table[static_cast<int>(index)]; }
 
+// 64-bit lanes, and products of their low halves.
+using Lanes64 = uint64_t;
+inline Lanes64 multiply_halves(Lanes64 a, Lanes64 b) { return (a & 0xffffffff) * (b & 0xffffffff); }
+
 inline void transpose(Vec (&)[kWidth]) {}

@@ -5,6 +5,7 @@
 // maximum, one sweep of exponentials and no rescaling. Longer rows continue block by block with the online softmax
 // recurrence. What a row sees is one interval [low, high) of columns, with low and high rising along the tile; products
 // skip the panels outside, so only panels on the diagonal hold masked scores.
+#include "arena.h"
 #include "math.h"
 #include "panels.h"
 #include "packing.h"
@@ -13,18 +14,6 @@ constexpr int64_t kBlock = 512;
 constexpr int64_t kMaxHeadSize = 256;
 constexpr int kQueryStride = kMaxHeadSize + 32;  // not a power of two: rows of a tile fall into different cache sets
 constexpr int kScoreStride = kBlock + 32 + 16;
-
-// Scratch memory handed out in 64-byte lines; counts when `memory` is null.
-struct Arena {
-  char* memory;
-  size_t used;
-  template <class E>
-  E* take(int64_t count) {
-    E* taken = memory ? reinterpret_cast<E*>(memory + used) : nullptr;
-    used += static_cast<size_t>(round_up(count * static_cast<int64_t>(sizeof(E)), 64));
-    return taken;
-  }
-};
 
 template <class Panels>
 struct Tile {

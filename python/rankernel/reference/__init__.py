@@ -9,6 +9,13 @@ from rankernel.reference.document_scores import (
     token_attention_mass_backward,
 )
 from rankernel.reference.listwise_loss import listwise_loss
+from rankernel.reference.lora_linear import (
+    keep_mask,
+    lora_expand,
+    lora_linear,
+    lora_shrink,
+    segment_lora_linear,
+)
 from rankernel.reference.relevance_feedback import relevance_feedback
 
 __all__ = [
@@ -17,8 +24,13 @@ __all__ = [
     "candidate_logits",
     "document_logsumexp",
     "document_logsumexp_backward",
+    "keep_mask",
     "listwise_loss",
+    "lora_expand",
+    "lora_linear",
+    "lora_shrink",
     "relevance_feedback",
+    "segment_lora_linear",
     "token_attention_mass",
     "token_attention_mass_backward",
 ]
