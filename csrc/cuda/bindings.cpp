@@ -10,6 +10,7 @@
 
 #include "cuda/candidate_logits.h"
 #include "cuda/listwise_loss.h"
+#include "cuda/lora_linear.h"
 
 namespace py = pybind11;
 using namespace rankernel;
@@ -84,10 +85,74 @@ int bound_candidate_logits(int dtype, Strided hidden, Strided weight, Strided ca
   return cuda::candidate_logits(args, pointer<void>(workspace), pointer<void>(stream));
 }
 
+// Address, rank, rank and size stride, column, scale; address of the gradient, its strides.
+using Factor = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int64_t, float, uintptr_t, int64_t, int64_t>;
+using Segments = std::tuple<uintptr_t, uintptr_t, int64_t>;  // offsets, adapters, count
+using Dropout = std::pair<uint32_t, uintptr_t>;              // threshold, seed
+
+std::vector<LoraFactor> factors_of(const std::vector<Factor>& factors) {
+  std::vector<LoraFactor> all;
+  for (const auto& [data, rank, rank_stride, size_stride, column, scale, gradient, gradient_rank, gradient_size] :
+       factors)
+    all.push_back({pointer<const void>(data), rank, rank_stride, size_stride, column, scale, pointer<void>(gradient),
+                   gradient_rank, gradient_size});
+  return all;
+}
+
+LoraSegments segments_of(const Segments& segments) {
+  const auto [offsets, adapters, count] = segments;
+  return {pointer<const int64_t>(offsets), pointer<const int64_t>(adapters), count};
+}
+
+int bound_lora_shrink(int dtype, int factor_dtype, Strided x, const std::array<int64_t, 3>& sizes,
+                      const std::vector<Factor>& described, Strided sums, Strided coefficients,
+                      const Segments& segments, Dropout dropout, uintptr_t stream) {
+  const std::vector<LoraFactor> factors = factors_of(described);
+  const LoraShrinkArgs args{static_cast<DType>(dtype),
+                            static_cast<DType>(factor_dtype),
+                            pointer<const void>(x.first),
+                            x.second,
+                            sizes[0],
+                            sizes[1],
+                            factors.data(),
+                            static_cast<int64_t>(factors.size()),
+                            sizes[2],
+                            pointer<float>(sums.first),
+                            sums.second,
+                            pointer<const float>(coefficients.first),
+                            coefficients.second,
+                            segments_of(segments),
+                            {dropout.first, 0},
+                            0};
+  const py::gil_scoped_release release;
+  return cuda::lora_shrink(args, pointer<const int64_t>(dropout.second), pointer<void>(stream));
+}
+
+int bound_lora_expand(int dtype, int factor_dtype, Strided out, const std::array<int64_t, 2>& sizes,
+                      const std::vector<Factor>& described, Strided coefficients, const Segments& segments,
+                      Dropout dropout, uintptr_t stream) {
+  const std::vector<LoraFactor> factors = factors_of(described);
+  const LoraExpandArgs args{static_cast<DType>(dtype),
+                            static_cast<DType>(factor_dtype),
+                            pointer<void>(out.first),
+                            out.second,
+                            sizes[0],
+                            sizes[1],
+                            factors.data(),
+                            static_cast<int64_t>(factors.size()),
+                            pointer<const float>(coefficients.first),
+                            coefficients.second,
+                            segments_of(segments),
+                            {dropout.first, 0},
+                            0};
+  const py::gil_scoped_release release;
+  return cuda::lora_expand(args, pointer<const int64_t>(dropout.second), pointer<void>(stream));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C_cuda, module) {
-  module.doc() = "CUDA kernels of rankernel: listwise_loss, candidate_logits.";
+  module.doc() = "CUDA kernels of rankernel: listwise_loss, candidate_logits, lora_linear.";
 
   module.def("covered_kinds", [] {
     std::vector<int> kinds;
@@ -99,4 +164,6 @@ PYBIND11_MODULE(_C_cuda, module) {
   module.def("listwise_loss", bound_listwise_loss);
   module.def("candidate_logits_workspace", cuda::candidate_logits_workspace);
   module.def("candidate_logits", bound_candidate_logits);
+  module.def("lora_shrink", bound_lora_shrink);
+  module.def("lora_expand", bound_lora_expand);
 }

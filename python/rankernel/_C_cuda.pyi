@@ -37,3 +37,28 @@ def candidate_logits(
     stream: int,
     /,
 ) -> int: ...
+def lora_shrink(
+    x_dtype: int,
+    factor_dtype: int,
+    x: tuple[int, int],  # device address, stride
+    sizes: tuple[int, int, int],  # rows, size, width of sums and coefficients
+    factors: Sequence[tuple[int, int, int, int, int, float, int, int, int]],  # fields of LoraFactor
+    sums: tuple[int, int],  # address 0: not wanted
+    coefficients: tuple[int, int],  # address 0: no gradients
+    segments: tuple[int, int, int],  # device addresses of offsets (0: none) and adapters, number
+    dropout: tuple[int, int],  # threshold (0: none), device address of the seed
+    stream: int,
+    /,
+) -> int: ...
+def lora_expand(
+    out_dtype: int,
+    factor_dtype: int,
+    out: tuple[int, int],
+    sizes: tuple[int, int],  # rows, size
+    factors: Sequence[tuple[int, int, int, int, int, float, int, int, int]],
+    coefficients: tuple[int, int],
+    segments: tuple[int, int, int],
+    dropout: tuple[int, int],
+    stream: int,
+    /,
+) -> int: ...

@@ -21,6 +21,8 @@
 
 #define __global__
 #define __device__
+#define __host__
+#define __grid_constant__
 #define __shared__ static
 
 struct Index3 {
@@ -34,11 +36,19 @@ inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 struct __half {
   _Float16 value;
+  __half() = default;
+  explicit __half(float rounded) : value(static_cast<_Float16>(rounded)) {}
   operator float() const { return static_cast<float>(value); }
 };
 
 struct __nv_bfloat16 {
   uint16_t high;
+  __nv_bfloat16() = default;
+  explicit __nv_bfloat16(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    high = static_cast<uint16_t>(value != value ? 0x7FC0 : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+  }
   operator float() const {
     const uint32_t bits = uint32_t{high} << 16;
     float value;
