@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,7 +27,7 @@ MIN_SAMPLE_SECONDS = 1e-3
 EPSILON = 1e-5
 RESET_TOLERANCE = 1 << 20  # bytes; a sandbox may accept the reset of the high-water mark and ignore it
 
-Call = Callable[[], torch.Tensor | None]
+Call = Callable[[], torch.Tensor | tuple[torch.Tensor, ...] | None]
 
 
 class Expected:
@@ -72,7 +73,8 @@ class Implementation:
     Attributes:
         name: as printed; without commas.
         build: prepares everything that is not timed and returns the call to time.
-        expected: what the call should return; None for a row that is not a result, such as building a mask.
+        expected: what the call should return, one for each tensor of a tuple; None for a row that is not a result,
+            such as building a mask.
         work: useful operations or bytes of one call, in the unit of the problem; None where no rate is meaningful.
         native_op: for rankernel's own rows, the op whose kernel runs; speed-ups are those of these rows.
         compare: whether the row takes part in speed-ups.
@@ -83,7 +85,7 @@ class Implementation:
 
     name: str
     build: Callable[[], Call]
-    expected: Expected | None = None
+    expected: Expected | tuple[Expected, ...] | None = None
     work: float | None = None
     native_op: str | None = None
     compare: bool = True
@@ -105,21 +107,30 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Finding:
-    """A number of interest that two rows give together: the ratio of their medians, or their difference in seconds.
+    """A number of interest that two rows give together.
 
     Attributes:
         metric: name in the CSV.
         text: printed with the number in place of ``{}``.
-        of: name of the implementation whose median is the numerator or minuend.
+        of: name of the implementation whose number is the numerator or minuend.
         over: name of the other implementation.
-        difference: whether to subtract instead of divide.
+        unit: what the number is: "" is the ratio of the medians, "s" their difference, "%" by how much the first is
+            longer, and "B" the difference of the peak memories.
     """
 
     metric: str
     text: str
     of: str
     over: str
-    difference: bool = False
+    unit: str = ""
+
+    def value(self, of: Result, over: Result) -> float | None:
+        """The number; None where memory cannot be measured."""
+        if self.unit == "B":
+            return None if of.peak_bytes is None or over.peak_bytes is None else of.peak_bytes - over.peak_bytes
+        if self.unit == "s":
+            return of.median - over.median
+        return of.median / over.median if self.unit == "" else 100 * (of.median / over.median - 1)
 
 
 @dataclass(frozen=True)
@@ -163,7 +174,8 @@ class Result:
         calls_per_sample: how many calls each sample is the mean of; more than 1 for calls shorter than a millisecond.
         first_call: seconds that the very first call took: compilation, page faults, lazy loading.
         peak_bytes: extra memory during one call, its output included; None where it cannot be measured.
-        error, allowed: largest absolute error and the largest one that matches; None where nothing is expected.
+        error, allowed: largest absolute error and the largest one that matches; None where nothing is expected. Of
+            several tensors, those of the one that is the furthest off.
         failed: why there is no measurement.
     """
 
@@ -259,12 +271,11 @@ def _prepare(result: Result) -> Call:
         if implementation.expected is not None:
             if output is None:
                 raise TypeError("expected a tensor to compare, got None")
-            result.error = implementation.expected.error(output)
-            result.allowed = implementation.expected.allowed
+            result.error, result.allowed = _furthest_off(implementation.expected, output)
         del output
         spent, calls = 0.0, 0
 
-        def timed() -> torch.Tensor | None:
+        def timed() -> torch.Tensor | tuple[torch.Tensor, ...] | None:
             nonlocal spent, calls
             begin = time.perf_counter()
             output = call()
@@ -278,6 +289,16 @@ def _prepare(result: Result) -> Call:
             timed()
     result.calls_per_sample = max(1, round(MIN_SAMPLE_SECONDS * calls / spent))
     return call
+
+
+def _furthest_off(
+    expected: Expected | tuple[Expected, ...], output: torch.Tensor | tuple[torch.Tensor, ...]
+) -> tuple[float, float]:
+    """Error and allowed error of the tensor where their ratio is the largest; a NaN counts as such."""
+    wanted = expected if isinstance(expected, tuple) else (expected,)
+    outputs = output if isinstance(output, tuple) else (output,)
+    pairs = [(one.error(tensor), one.allowed) for one, tensor in zip(wanted, outputs, strict=True)]
+    return max(pairs, key=lambda pair: float("inf") if math.isnan(pair[0]) else pair[0] / pair[1])
 
 
 def _take_turn(result: Result, call: Call, seconds: float) -> None:

@@ -64,9 +64,9 @@ def main() -> int:
                 print("no implementation of this case is selected")
                 continue
             _print_table(problem, results)
-            for finding, isa, value in _findings(problem, results):
-                text = finding.text.format(_seconds(value) if finding.difference else f"{value:.2f}")
-                print(text + (f" [{isa}]" if isa else ""))
+            for finding, of, _, value in _findings(problem, results):
+                isa = of.implementation.isa
+                print(finding.text.format(_with_unit(value, finding.unit)) + (f" [{isa}]" if isa else ""))
             rows += _rows(op, case, dtype, problem, results)
             good &= all(result.matches for result in results if result.implementation.native_op)
     if arguments.csv:
@@ -284,14 +284,20 @@ def _seconds(value: float) -> str:
     return f"{scaled:.{2 if abs(scaled) < 9.995 else 1 if abs(scaled) < 99.95 else 0}f} {unit}"
 
 
-def _findings(problem: Problem, results: Sequence[Result]) -> Iterator[tuple[Finding, str, float]]:
+def _with_unit(value: float, unit: str) -> str:
+    if unit == "s":
+        return _seconds(value)
+    return {"": f"{value:.2f}", "%": f"{value:.1f} %", "B": f"{value / 1e6:.1f} MB"}[unit]
+
+
+def _findings(problem: Problem, results: Sequence[Result]) -> Iterator[tuple[Finding, Result, Result, float]]:
     """The findings of a problem, once per instruction set, where both rows were measured and are right."""
     rows = {(result.implementation.name, result.implementation.isa): result for result in results if result.matches}
     for finding in problem.findings:
-        for name, isa in rows:
-            if name == finding.of and (finding.over, isa) in rows:
-                of, over = rows[name, isa].median, rows[finding.over, isa].median
-                yield finding, isa or "", of - over if finding.difference else of / over
+        for (name, isa), of in rows.items():
+            over = rows.get((finding.over, isa)) or rows.get((finding.over, None))
+            if name == finding.of and over and (value := finding.value(of, over)) is not None:
+                yield finding, of, over, value
 
 
 def _rows(op: str, case: Case, dtype: str, problem: Problem, results: Sequence[Result]) -> list[Row]:
@@ -312,10 +318,10 @@ def _rows(op: str, case: Case, dtype: str, problem: Problem, results: Sequence[R
             for metric, peer, value, unit in _metrics(result, problem, measured, yardstick)
             if value is not None
         ]
-    for finding, isa, value in _findings(problem, results):
-        of, over = (f"{name} [{isa}]" if isa else name for name in (finding.of, finding.over))
-        unit = "s" if finding.difference else ""
-        rows.append(Row(op, case.name, dtype, of, isa, finding.metric, over, value, unit))
+    for finding, of, over, value in _findings(problem, results):
+        names = of.implementation.label, over.implementation.label
+        isa = of.implementation.isa or ""
+        rows.append(Row(op, case.name, dtype, names[0], isa, finding.metric, names[1], value, finding.unit))
     return rows
 
 

@@ -78,6 +78,8 @@ def test_list_names_every_op_and_runs_nothing() -> None:
         "document_scores/",
         "candidate_logits/log-probs-32",
         "listwise_loss/",
+        "lora_linear/2048x1024x1024-backward",
+        "lora_training/4x512",
         "model/100-documents",
         "rerankers/pointwise-50",
         "FlexAttention compiled",
@@ -149,6 +151,32 @@ def test_candidate_logits(tmp_path: Path) -> None:
     assert ("tiny", "float32", "rankernel") in values(rows, "over_gathered", peer="F.linear of gathered rows")
 
 
+def test_lora_linear(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    output, rows = measure_tiny(
+        tmp_path, "--op", "lora_linear", "--case", "tiny*", "--dtype", "float32", "--impl", "frozen,rankernel,PEFT"
+    )
+    check_structure(output, rows)
+    matches = values(rows, "match")
+    assert set(matches.values()) == {"1"}
+    usual = {"frozen linear", "rankernel", "rankernel fuse_lora", "PEFT"}
+    cases = ("tiny-forward", "tiny-backward", "tiny-dropout", "tiny-mixed", "tiny-qkv")
+    for case in cases:
+        more = {"rankernel one by one"} if case == "tiny-qkv" else set()
+        assert {name for other, _, name in matches if other == case} == usual | more
+        assert ("float32", "PEFT") in {key[1:] for key in values(rows, "overhead", peer="frozen linear", case=case)}
+
+
+def test_lora_training(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    pytest.importorskip("transformers")
+    output, rows = measure_tiny(tmp_path, "--op", "lora_training", "--case", "tiny", "--dtype", "bfloat16")
+    check_structure(output, rows)
+    adapted = {f"{name}{end}" for name in ("rankernel fuse_lora", "PEFT") for end in ("", " bfloat16 adapters")}
+    assert {name for _, _, name in values(rows, "match")} == {"frozen model"} | adapted
+    assert set(values(rows, "match").values()) == {"1"}
+
+
 def test_rerankers(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     output, rows = measure_tiny(tmp_path, "--op", "rerankers", "--case", "tiny*", "--dtype", "float32")
@@ -166,13 +194,15 @@ def test_isas_run_side_by_side(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_compiled_peers(tmp_path: Path) -> None:
-    ops = "block_attention,document_scores,listwise_loss"
-    arguments = ("--op", ops, "--case", "tiny,tiny-logsumexp,tiny-mass,tiny-ranknet", "--impl", "compiled,rankernel")
+    pytest.importorskip("peft")
+    ops = "block_attention,document_scores,listwise_loss,lora_linear"
+    cases = "tiny,tiny-logsumexp,tiny-mass,tiny-ranknet,tiny-backward"
+    arguments = ("--op", ops, "--case", cases, "--impl", "compiled,rankernel")
     output, rows = measure_tiny(tmp_path, *arguments, "--dtype", "float32")
     check_structure(output, rows)
     assert set(values(rows, "match").values()) == {"1"}
     names = {name for _, _, name in values(rows, "match")}
-    assert names == {"rankernel", "FlexAttention compiled", "the same compiled"}
+    assert names == {"rankernel", "rankernel fuse_lora", "FlexAttention compiled", "the same compiled"}
 
 
 @pytest.mark.parametrize(
@@ -234,6 +264,31 @@ def test_infinities_must_lie_where_expected(measure: ModuleType) -> None:
     assert expected.error(torch.tensor([0.5, float("-inf")])) == 0.5
     assert expected.error(torch.tensor([0.0, -1e30])) == float("inf")
     assert not expected.error(torch.tensor([float("nan"), float("-inf")])) <= expected.allowed
+
+
+def test_all_tensors_of_a_result_must_match(measure: ModuleType) -> None:
+    exact = torch.zeros(3, dtype=torch.float64)
+    expected = tuple(measure.Expected(lambda: exact, lambda off=off: exact + off) for off in (1e-3, 1.0))
+    outputs = {
+        "right": (exact + 1e-3, exact + 1.9),
+        "first wrong": (exact + 3e-3, exact + 1.9),
+        "second NaN": (exact + 1e-3, exact * float("nan")),
+        "one missing": (exact,),
+    }
+    rows = [measure.Implementation(name, lambda out=out: lambda: out, expected) for name, out in outputs.items()]
+    results = {result.implementation.name: result for result in measure.run(rows, seconds=0.01)}
+    assert [name for name, result in results.items() if result.matches] == ["right"]
+    assert (results["right"].error, results["first wrong"].error) == (1.9, 3e-3)  # the furthest off in its own measure
+
+
+def test_findings(measure: ModuleType) -> None:
+    implementation = measure.Implementation("any", lambda: lambda: None)
+    of = measure.Result(implementation, samples=[3.0], peak_bytes=5)
+    over = measure.Result(implementation, samples=[2.0], peak_bytes=7)
+    unknown = measure.Result(implementation, samples=[2.0])
+    found = {unit: measure.Finding("", "", "", "", unit).value(of, over) for unit in ("", "s", "%", "B")}
+    assert found == {"": 1.5, "s": 1.0, "%": 50.0, "B": -2}
+    assert measure.Finding("", "", "", "", "B").value(of, unknown) is None
 
 
 def test_rounds_are_interleaved(measure: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,4 +3,13 @@
 A case module has ``CASES``, a tuple of ``measure.Case``.
 """
 
-MODULES = ("block_attention", "candidate_logits", "document_scores", "listwise_loss", "model", "rerankers")
+MODULES = (
+    "block_attention",
+    "candidate_logits",
+    "document_scores",
+    "listwise_loss",
+    "lora_linear",
+    "lora_training",
+    "model",
+    "rerankers",
+)

@@ -118,7 +118,7 @@ def logits_problem(shape: Shape, dtype: torch.dtype, device: str = "cpu", backen
             # Another result, in the same order: what scoring code computes that does not know better.
             Implementation(FULL, lambda: full(inputs), of_log_probs),
         ),
-        findings=(Finding("over_gathered", f"rankernel takes {{}} more than {GATHERED}", "rankernel", GATHERED, True),),
+        findings=(Finding("over_gathered", f"rankernel takes {{}} more than {GATHERED}", "rankernel", GATHERED, "s"),),
     )
 
 

@@ -227,7 +227,7 @@ def scores_problem(lengths: Lengths, shape: Shape, dtype: torch.dtype) -> Proble
 
 def _once(call: Call) -> torch.Tensor:
     result = call()
-    assert result is not None
+    assert isinstance(result, torch.Tensor)
     return result
 
 

@@ -186,7 +186,7 @@ def one_by_one(inputs: Inputs, dtype: torch.dtype | None = None) -> Call:
 
 def _once(call: Call) -> torch.Tensor:
     result = call()
-    assert result is not None
+    assert isinstance(result, torch.Tensor)
     return result
 
 
