@@ -1,9 +1,13 @@
+# ruff: noqa: N803  compile-time arguments are in capitals, as is usual with Triton
 """What the modules of kernels share."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
 
 
 class CompileCase(NamedTuple):
@@ -20,3 +24,31 @@ class CompileCase(NamedTuple):
     signature: Mapping[str, str]
     constants: Mapping[str, object]
     num_warps: int
+
+
+@triton.jit
+def bounds(offsets, number, num_items):
+    """Begin and end of a list: inside the items, whatever the offsets hold."""
+    begin = tl.minimum(tl.maximum(tl.load(offsets + number), 0), num_items)
+    end = tl.minimum(tl.maximum(tl.load(offsets + number + 1), begin), num_items)
+    return begin, end
+
+
+@triton.jit
+def tile_of(offsets, num_items, num_lists, ROWS: tl.constexpr):
+    """Number, begin and end of this program's list, and its first row there, which may lie outside the list.
+
+    List l gets the programs from offsets[l] // ROWS + l on. These are as many as it needs or one more, for
+    floor(b) - floor(a) + 1 >= ceil(b - a), and num_items // ROWS + num_lists in all.
+    """
+    program = tl.program_id(0)
+    low, high = program * 0, num_lists - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        begin, _ = bounds(offsets, middle, num_items)
+        if begin // ROWS + middle <= program:
+            low = middle
+        else:
+            high = middle - 1
+    begin, end = bounds(offsets, low, num_items)
+    return low, begin, end, begin + (program - low - begin // ROWS) * ROWS

@@ -2,7 +2,7 @@
 """Listwise losses and their gradients; python/rankernel/reference/listwise_loss.py has the formulas.
 
 Lists lie in one flat array, and the host never learns how long they are: nothing here waits for the device. Kernels
-that look at all pairs of a list run one program for ROWS of its items, with all items as columns (:func:`_tile` says
+that look at all pairs of a list run one program for ROWS of its items, with all items as columns (:func:`tile_of` says
 which program gets which); the others run one program a list. Both walk a list in steps from its first item on, so that
 its bits do not depend on the batch around it. Every element is written by one program: no atomics.
 
@@ -20,7 +20,7 @@ import triton.language as tl
 
 from rankernel.listwise import KINDS, Settings
 
-from ._common import CompileCase
+from ._common import CompileCase, bounds, tile_of
 
 ROWS, COLUMNS = 16, 32  # of a tile of pairs
 BLOCK = 512  # items of a list that one step takes
@@ -30,34 +30,6 @@ BISECTIONS = 40  # to float32 resolution
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # exp(_LOWEST - anything) is 0, and never NaN as with -inf
 _TINY = tl.constexpr(2.0**-100)  # least sum that Sinkhorn divides by
 _LN2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def _bounds(offsets, number, num_items):
-    """Begin and end of a list: inside the items, whatever the offsets hold."""
-    begin = tl.minimum(tl.maximum(tl.load(offsets + number), 0), num_items)
-    end = tl.minimum(tl.maximum(tl.load(offsets + number + 1), begin), num_items)
-    return begin, end
-
-
-@triton.jit
-def _tile(offsets, num_items, num_lists, ROWS: tl.constexpr):
-    """Number, begin and end of this program's list, and its first row there, which may lie outside the list.
-
-    List l gets the programs from offsets[l] // ROWS + l on. These are as many as it needs or one more, for
-    floor(b) - floor(a) + 1 >= ceil(b - a), and num_items // ROWS + num_lists in all.
-    """
-    program = tl.program_id(0)
-    low, high = program * 0, num_lists - 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        begin, _ = _bounds(offsets, middle, num_items)
-        if begin // ROWS + middle <= program:
-            low = middle
-        else:
-            high = middle - 1
-    begin, end = _bounds(offsets, low, num_items)
-    return low, begin, end, begin + (program - low - begin // ROWS) * ROWS
 
 
 @triton.jit
@@ -108,7 +80,7 @@ def _rank_kernel(
     best rank among them, and there is no order.
     """
     sample = tl.program_id(1).to(tl.int64) * num_items
-    _, begin, end, start = _tile(offsets, num_items, num_lists, ROWS)
+    _, begin, end, start = tile_of(offsets, num_items, num_lists, ROWS)
     if (start < begin) | (start >= end):
         return
     rows = start + tl.arange(0, ROWS)
@@ -140,7 +112,7 @@ def _rank_kernel(
 def _draw_kernel(scores, offsets, where, draws, num_items, seed, GUMBEL: tl.constexpr, BLOCK: tl.constexpr):
     """Philox for the valid items of a list, [S, n]: the integers, or scores plus Gumbel noise made of them."""
     number, sample = tl.program_id(0), tl.program_id(1)
-    begin, end = _bounds(offsets, number, num_items)
+    begin, end = bounds(offsets, number, num_items)
     drawn = 0
     for first in range(begin, end, BLOCK):
         items = first + tl.arange(0, BLOCK)
@@ -165,7 +137,7 @@ def _survey_kernel(
 ):  # fmt: skip
     """counts: valid items of every list, 0 for a list without a loss. norms: what the kind divides by, or 1."""
     number = tl.program_id(0)
-    begin, end = _bounds(offsets, number, num_items)
+    begin, end = bounds(offsets, number, num_items)
     count, norm = tl.zeros([], tl.int32), tl.zeros([], tl.float32)
     lowest, highest = tl.full([], float("inf"), tl.float32), tl.full([], float("-inf"), tl.float32)
     for first in range(begin, end, BLOCK):
@@ -231,7 +203,7 @@ def _pair_kernel(
     sigma, mu, margin, k, KIND: tl.constexpr, EITHER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """sum_j weight_ij softplus(margin - sigma (s_i - s_j)) for every item i, its number of pairs, and its gradient."""
-    number, begin, end, start = _tile(offsets, num_items, num_lists, ROWS)
+    number, begin, end, start = tile_of(offsets, num_items, num_lists, ROWS)
     count = tl.load(counts + number)
     if (start < begin) | (start >= end) | (count == 0):
         return
@@ -316,7 +288,7 @@ def _pair_total_kernel(
     count = tl.load(counts + number)
     if count == 0:
         return
-    begin, end = _bounds(offsets, number, num_items)
+    begin, end = bounds(offsets, number, num_items)
     loss, pair_count = tl.zeros([], tl.float32), tl.zeros([], tl.int64)
     for first in range(begin, end, BLOCK):
         items = first + tl.arange(0, BLOCK)
@@ -347,7 +319,7 @@ def _softmax_kernel(
     number = tl.program_id(0)
     if tl.load(counts + number) == 0:
         return
-    begin, end = _bounds(offsets, number, num_items)
+    begin, end = bounds(offsets, number, num_items)
     norm = tl.load(norms + number)
     teacher_temperature = temperature if KIND == "kl_distillation" else 1.0
     # exp(peak) total is the sum over all items, or over the negatives where they are decoupled; the target is the
@@ -424,7 +396,7 @@ def _margin_mse_kernel(
     count = tl.load(counts + number)
     if count == 0:
         return
-    begin, end = _bounds(offsets, number, num_items)
+    begin, end = bounds(offsets, number, num_items)
     positive = end
     for first in range(begin, end, BLOCK):
         items = first + tl.arange(0, BLOCK)
@@ -470,7 +442,7 @@ def _remaining_kernel(
     count = tl.load(counts + number)
     if count == 0:
         return
-    begin, _ = _bounds(offsets, number, num_items)
+    begin, _ = bounds(offsets, number, num_items)
     places = sample * num_items + begin
     peak, total = tl.full([], _LOWEST, tl.float32), tl.zeros([], tl.float32)
     loss, dcg = tl.zeros([], tl.float32), tl.zeros([], tl.float32)
@@ -515,7 +487,7 @@ def _plackett_luce_kernel(
     count = tl.load(counts + number)
     if count == 0:
         return
-    begin, _ = _bounds(offsets, number, num_items)
+    begin, _ = bounds(offsets, number, num_items)
     places = sample * num_items + begin
     before_peak, before = tl.full([], _LOWEST, tl.float32), tl.zeros([], tl.float32)
     for first in range(0, count, BLOCK):
@@ -555,7 +527,7 @@ def _policy_kernel(
         gain = tl.load(rewards + sample * num_lists + number) - first_reward
         loss += (gain - mean) / (num_samples - 1) * tl.load(sample_losses + sample * num_lists + number)
     tl.store(losses + number, loss)
-    begin, end = _bounds(offsets, number, num_items)
+    begin, end = bounds(offsets, number, num_items)
     for first in range(begin, end, BLOCK):
         items = first + tl.arange(0, BLOCK)
         valid = _are_valid(where, items, items < end)
@@ -574,7 +546,7 @@ def _smooth_rank_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """R_i = 1/2 + sum_j sigmoid((s_j - s_i) / temperature), j = i included."""
-    number, begin, end, start = _tile(offsets, num_items, num_lists, ROWS)
+    number, begin, end, start = tile_of(offsets, num_items, num_lists, ROWS)
     if (start < begin) | (start >= end) | (tl.load(counts + number) == 0):
         return
     rows = start + tl.arange(0, ROWS)
@@ -599,7 +571,7 @@ def _smooth_loss_kernel(
     number = tl.program_id(0)
     if tl.load(counts + number) == 0:
         return
-    begin, end = _bounds(offsets, number, num_items)
+    begin, end = bounds(offsets, number, num_items)
     norm = tl.load(norms + number)
     best_score, best = tl.full([], float("-inf"), tl.float32), end
     if (KIND == "approx_mrr") & (not AVERAGE):
@@ -636,7 +608,7 @@ def _smooth_grad_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """grad_i = sum_j (pull_j - pull_i) sigmoid'((s_i - s_j) / temperature) / temperature"""
-    number, begin, end, start = _tile(offsets, num_items, num_lists, ROWS)
+    number, begin, end, start = tile_of(offsets, num_items, num_lists, ROWS)
     if (start < begin) | (start >= end) | (tl.load(counts + number) == 0):
         return
     rows = start + tl.arange(0, ROWS)
@@ -672,7 +644,7 @@ def _soft_topk_kernel(
     number = tl.program_id(0)
     if tl.load(counts + number) == 0:
         return
-    begin, end = _bounds(offsets, number, num_items)
+    begin, end = bounds(offsets, number, num_items)
     lowest, highest = tl.full([], float("inf"), tl.float32), tl.full([], float("-inf"), tl.float32)
     for first in range(begin, end, BLOCK):
         items = first + tl.arange(0, BLOCK)
@@ -795,7 +767,7 @@ def _neural_ndcg_kernel(
     count = tl.load(counts + number)
     if count == 0:
         return
-    begin, end = _bounds(offsets, number, num_items)
+    begin, end = bounds(offsets, number, num_items)
     norm = tl.load(norms + number)
     stride = num_items.to(tl.int64)
     for start in range(begin, end, ROWS):

@@ -29,8 +29,7 @@ import triton.language as tl
 
 from rankernel.reference.lora_linear import Dropout, Segments, drop_threshold
 
-from ._common import CompileCase
-from .listwise_loss import _bounds, _tile
+from ._common import CompileCase, bounds, tile_of
 
 FUSED_RANKS = 16
 PROGRAMS, WIDE_PROGRAMS = 512, 256  # that keep the largest GPUs busy
@@ -107,7 +106,7 @@ def _tile_of_rows(
         begin, end = tl.program_id(0).to(tl.int64) * ROWS, num_rows
         first, rank = begin * 0, num_ranks
     else:
-        segment, _, end, begin = _tile(offsets, num_rows, num_segments, ROWS)
+        segment, _, end, begin = tile_of(offsets, num_rows, num_segments, ROWS)
         first, rank, scale = _factor(table, tl.load(adapters + segment), num_factors)
     left = tl.minimum(end - begin, ROWS).to(tl.int32)
     rows = tl.arange(0, ROWS)
@@ -206,7 +205,7 @@ def _gradient_kernel(
         first_rank, rank, _ = _factor(table, number, num_factors)
         before = part * 0  # tiles of the segments so far
         for segment in range(tl.where(first_of_block < rank, num_segments, 0)):
-            begin, end = _bounds(offsets, segment, num_rows)
+            begin, end = bounds(offsets, segment, num_rows)
             end = tl.where(tl.load(adapters + segment) == number, end, begin)
             tile = (part + num_parts - before % num_parts) % num_parts
             products = _add_rows(
@@ -520,8 +519,8 @@ def _tile_case(
 
 _FLOAT, _BRAIN, _HALF = torch.float32, torch.bfloat16, torch.float16
 
-# Not segments and dropout at once: sizes that divide nothing, as here, then take a few scalar registers too many of
-# gfx942, which its vector registers hold.
+# Not segments and dropout at once: that takes a few scalar registers too many of gfx942, which its vector registers
+# hold.
 COMPILE_CASES = (
     _case(_table_kernel, {"COUNT": ENTRIES}),
     _case(_total_kernel, {"BLOCK": TOTALS}, _BRAIN),

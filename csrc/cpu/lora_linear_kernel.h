@@ -254,6 +254,11 @@ struct LoraLinear {
     for (; end < ranks; ++end) to[end] = 0.0f;
   }
 
+  // A row's part of a tile. Rows lie apart: the processor does not see that the next tile continues them.
+  static void prefetch(const T* from) {
+    for (int64_t k = 0; k < kLoraColumns; k += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(from + k, 0, 3);
+  }
+
   // Rows [begin, begin + rows) of a group, columns [column, column + kLoraColumns); zero beyond size, and as panels for
   // the rows up to kDepthMultiple.
   static void load_tile(const LoraShrinkArgs& args, const LoraGroup& group, int64_t begin, int64_t rows, int64_t column,
@@ -262,9 +267,7 @@ struct LoraLinear {
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t row = row_number(group, begin + i);
       const T* const from = static_cast<const T*>(args.x) + row * args.x_stride + column;
-      // Rows lie apart: the processor does not see that the next tile continues them.
-      for (int64_t k = 0; k < kLoraColumns; k += 64 / static_cast<int64_t>(sizeof(T)))
-        __builtin_prefetch(from + kLoraColumns + k, 0, 3);
+      prefetch(from + kLoraColumns);
       if (Panels::kSlab == kLoraColumns && left >= kLoraColumns && !args.dropout.threshold) {
         static_assert(Panels::kSlab != kLoraColumns || sizeof(T) == sizeof(Element), "copied as they are");
         __builtin_memcpy(s.rows + i * kLoraColumns, from, kLoraColumns * sizeof(T));
@@ -481,6 +484,8 @@ struct LoraLinear {
       }
       for (int64_t k = column; k < column_end; k += kLoraColumns) {
         const int64_t columns = smaller(column_end - k, kLoraColumns);
+        for (int64_t r = 0; r < rows; ++r)
+          prefetch(static_cast<const T*>(args.out) + row_number(group, i + r) * args.out_stride + k);
         multiply_update(group, args.size, rows, k, columns, s);
         for (int64_t r = 0; r < rows; ++r)
           add_update(args, row_number(group, i + r), k, columns, s.products + r * kLoraColumns, s);

@@ -14,6 +14,8 @@ namespace rankernel::cuda {
 
 constexpr unsigned kBlock = 128;  // threads of every block
 
+__host__ __device__ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // Kahan's sum: as exact as one rounding however many terms there are, so that long lists need no float64.
 class Sum {
  public:

@@ -157,8 +157,6 @@ __global__ void normalize(Args args, int64_t splits, const ExpSum* parts) {
   for (int64_t i = threadIdx.x; i < args.num_candidates; i += kBlock) out[i] = (out[i] - total.peak) - log_sum;
 }
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Rows of a warp in the kernels of launch()'s tables. The first takes rows of any alignment.
 constexpr int64_t kRowsOf[] = {1, 1, 2, 4, 8};
 int kernel_for(int64_t rows, bool is_aligned) {

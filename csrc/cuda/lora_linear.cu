@@ -29,8 +29,6 @@ struct Launch {
 };
 static_assert(sizeof(Launch<LoraShrinkArgs>) + 16 <= 4096, "what a kernel's parameters may take");
 
-__host__ __device__ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 template <class T, int kSize>
 struct alignas(sizeof(T) * kSize < 16 ? sizeof(T) * kSize : 16) Vector {
   T values[kSize];
