@@ -4,6 +4,7 @@
 #include "simd/arena.h"
 
 constexpr int64_t kRankSlab = 64;  // ranks that a product of expand takes at once
+constexpr int64_t kPrefetchTiles = 4;
 
 // Operands of products, in Panels' element type. What is not exact in it is split into kParts that sum to it, each with
 // its own sums: those of the small parts round little, and the others as often as without parts.
@@ -254,9 +255,9 @@ struct LoraLinear {
     for (; end < ranks; ++end) to[end] = 0.0f;
   }
 
-  // A row's part of a tile. Rows lie apart: the processor does not see that the next tile continues them.
+  // A row's part of a tile, into L2. Rows lie apart: the processor does not see that the next tiles continue them.
   static void prefetch(const T* from) {
-    for (int64_t k = 0; k < kLoraColumns; k += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(from + k, 0, 3);
+    for (int64_t k = 0; k < kLoraColumns; k += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(from + k, 0, 2);
   }
 
   // Rows [begin, begin + rows) of a group, columns [column, column + kLoraColumns); zero beyond size, and as panels for
@@ -267,7 +268,7 @@ struct LoraLinear {
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t row = row_number(group, begin + i);
       const T* const from = static_cast<const T*>(args.x) + row * args.x_stride + column;
-      prefetch(from + kLoraColumns);
+      prefetch(from + kPrefetchTiles * kLoraColumns);
       if (Panels::kSlab == kLoraColumns && left >= kLoraColumns && !args.dropout.threshold) {
         static_assert(Panels::kSlab != kLoraColumns || sizeof(T) == sizeof(Element), "copied as they are");
         __builtin_memcpy(s.rows + i * kLoraColumns, from, kLoraColumns * sizeof(T));

@@ -274,8 +274,14 @@ def _apply(
         device = x.device if generator is None else generator.device
         seed = torch.randint(2**63 - 1, (1,), generator=generator, device=device)
         call = call._replace(seed=seed.to(x.device))
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # -1 would be ambiguous without elements
-    plain = all(type(t) in _PLAIN for t in (x, *weights, *lora_A) if isinstance(t, torch.Tensor))
+    # -1 would be ambiguous without elements.
+    rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    tensors = (rows, call.gate, *weights, *biases, *lora_A, *lora_B)
+    plain, learns = True, False
+    for tensor in tensors:
+        if isinstance(tensor, torch.Tensor):
+            plain &= type(tensor) in _PLAIN
+            learns |= tensor.requires_grad
     if torch.compiler.is_compiling() or not plain:
         dense = [weight if isinstance(weight, torch.Tensor) else weight() for weight in weights]
         given = [rows.new_empty(0) if bias is None else bias for bias in biases]
@@ -284,14 +290,12 @@ def _apply(
             rows, dense, given, lora_A, lora_B, call.gate, call.scalings, call.projections, *segments,
             call.dropout_p, call.seed, call.given_base,
         )[:-1]  # fmt: skip
+    # The way through the dispatcher costs as much as the adapter of a few rows.
+    elif learns and torch.is_grad_enabled():
+        outs = _Eager.apply(call, len(weights), len(lora_A), *tensors)
     else:
-        # The way through the dispatcher costs as much as the adapter of a few rows.
-        tensors = (rows, call.gate, *weights, *biases, *lora_A, *lora_B)
-        if torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors):
-            outs = _Eager.apply(call, len(weights), len(lora_A), *tensors)
-        else:
-            outs = _forward(rows, weights, biases, lora_A, lora_B, call)[0]
-    return [out.view(*x.shape[:-1], out.shape[-1]) for out in outs]
+        outs, _, _ = _forward(rows, weights, biases, lora_A, lora_B, call)
+    return list(outs) if x.dim() == 2 else [out.view(*x.shape[:-1], out.shape[-1]) for out in outs]
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)  # no fake tensor or other subclass
@@ -480,7 +484,8 @@ def _of(projection: int, call: _Call) -> slice:
 
 
 def _new_sums(x: torch.Tensor, width: int) -> torch.Tensor:
-    return x.new_empty((x.shape[0], width), dtype=torch.promote_types(x.dtype, torch.float32))
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.empty(x.shape[0], width, dtype=dtype, device=x.device)
 
 
 def _forward(
@@ -490,8 +495,8 @@ def _forward(
     lora_A: Sequence[torch.Tensor],
     lora_B: Sequence[torch.Tensor],
     call: _Call,
-) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """The layers' results, and ``S = x A^T`` of all adapters side by side, without scale and gate."""
+) -> tuple[list[torch.Tensor], torch.Tensor, _Kernels]:
+    """The layers' results, ``S = x A^T`` of all adapters side by side, without scale and gate, and what ran."""
     dense = [weight if isinstance(weight, torch.Tensor) else weight() for weight in weights]
     _check(x, dense, biases, lora_A, lora_B, call)
     if call.given_base:
@@ -500,10 +505,10 @@ def _forward(
         outs = [F.linear(x, weight, bias) for weight, bias in zip(dense, biases, strict=True)]
     columns, width = call.columns(lora_A)
     sums = _new_sums(x, width)
-    if not sums.numel():
-        return outs, sums
-    x = _rows_contiguous(x)
     kernels = _kernels(x, call)
+    if not sums.numel():
+        return outs, sums, kernels
+    x = _rows_contiguous(x)
     kernels.shrink(x, lora_A, [1.0] * len(lora_A), columns, dropout=True, sums=sums)
     gated = sums if call.gate is None else sums * call.gate
     for projection, out in enumerate(outs):
@@ -511,7 +516,7 @@ def _forward(
         if lora_B[own] and out.numel():
             factors = [b.T for b in lora_B[own]]
             kernels.expand(out, gated, factors, call.scalings[own], columns[own], dropout=False)
-    return outs, sums
+    return outs, sums, kernels
 
 
 class _Gradients(NamedTuple):
@@ -607,8 +612,8 @@ class _Eager(torch.autograd.Function):
         x, _, *rest = inputs
         weights, biases = rest[:num_weights], rest[num_weights : 2 * num_weights]
         lora_A, lora_B = rest[2 * num_weights :][:num_adapters], rest[2 * num_weights + num_adapters :]
-        outs, sums = _forward(x, weights, biases, lora_A, lora_B, call)
-        ctx.kernels = _kernels(x, call)  # on CUDA the backward runs in a thread that does not see backends.use
+        # Kept, for on CUDA the backward runs in a thread that does not see backends.use.
+        outs, sums, ctx.kernels = _forward(x, weights, biases, lora_A, lora_B, call)
         ctx.set_materialize_grads(False)
         # A function that makes a weight has no gradient to save for.
         ctx.call = call._replace(gate=None)
@@ -652,7 +657,7 @@ def _forward_op(
 ) -> list[torch.Tensor]:  # fmt: skip
     """As :func:`_forward`, the sums last; a bias of no elements stands for none."""
     given = [bias if bias.numel() else None for bias in biases]
-    outs, sums = _forward(x, weights, given, lora_A, lora_B, _call_of(*rest))
+    outs, sums, _ = _forward(x, weights, given, lora_A, lora_B, _call_of(*rest))
     return [*outs, sums]
 
 
