@@ -125,6 +125,10 @@ struct LoraLinear {
   static constexpr int kParts = Panels::kParts, kPair = Panels::kPair;
   // Rank rows of a staged or packed factor.
   static int64_t padded(int64_t rank) { return round_up(rank, larger(kColumns, Panels::kDepthMultiple)); }
+  // Those of a panel that products read.
+  static int64_t read_ranks(int64_t rank) {
+    return round_up(rank, Panels::kDepthMultiple > kWidth || rank % kColumns > kWidth ? kColumns : kWidth);
+  }
   static int64_t padded_size(int64_t size) { return round_up(size, kLoraColumns); }
 
   struct Buffers {
@@ -184,7 +188,7 @@ struct LoraLinear {
       end += factor.rank;
     }
     __builtin_memset(staged + end * kLoraColumns, 0,
-                     static_cast<size_t>((padded(end) - end) * kLoraColumns) * sizeof(float));
+                     static_cast<size_t>((read_ranks(end) - end) * kLoraColumns) * sizeof(float));
   }
 
   // Stores kWidth columns of kWidth depths into every part's panels.
@@ -211,7 +215,7 @@ struct LoraLinear {
     const Buffers s(group.rank, scratch);
     stage(group, size, column, s.staged);
     const int64_t part_size = padded(group.rank) * padded_size(size);
-    for (int64_t rank = 0; rank < padded(group.rank); rank += kWidth) {
+    for (int64_t rank = 0; rank < read_ranks(group.rank); rank += kWidth) {
       Element* const panel = static_cast<Element*>(group.packed) + round_down(rank, kColumns) * padded_size(size) +
                              rank % kColumns * kPair;
       for (int64_t k = 0; k < kLoraColumns; k += kWidth) {
@@ -231,7 +235,7 @@ struct LoraLinear {
     for (int64_t k = 0; k < kLoraColumns; k += kWidth) {
       Element* const panel =
           static_cast<Element*>(group.packed) + round_down(column + k, kColumns) * ranks + k % kColumns * kPair;
-      for (int64_t rank = 0; rank < ranks; rank += kWidth) {
+      for (int64_t rank = 0; rank < read_ranks(group.rank); rank += kWidth) {
         Vec block[kWidth];
         for (int64_t i = 0; i < kWidth; ++i) block[i] = load(s.staged + (rank + i) * kLoraColumns + k);
         store_parts(block, panel + rank * kColumns, part_size);
