@@ -10,13 +10,12 @@
 #include <tuple>
 #include <vector>
 
+#include "arguments.h"
 #include "block_attention.h"
-#include "candidate_logits.h"
 #include "cpu/cpu_features.h"
 #include "cpu/dispatch.h"
 #include "document_scores.h"
 #include "listwise_loss.h"
-#include "lora_linear.h"
 #include "relevance_feedback.h"
 
 namespace py = pybind11;
@@ -31,15 +30,9 @@ constexpr int kBuiltIsas = kAmxEmulated;
 #endif
 
 using Tensor = std::tuple<uintptr_t, int64_t, int64_t>;  // address, token stride, head stride
-using Rows = std::pair<uintptr_t, int64_t>;              // address, stride
 using LayoutTuple =
     std::tuple<uintptr_t, uintptr_t, int64_t, int64_t, bool>;  // cu_seqlens, list_offsets, sizes, causal
 using Heads = std::tuple<int64_t, int64_t, int64_t>;           // query heads, KV heads, head size
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 TokenHeads token_heads(const Tensor& t) { return {pointer<void>(std::get<0>(t)), std::get<1>(t), std::get<2>(t)}; }
 
@@ -150,86 +143,28 @@ void bound_relevance_feedback(int isa, int dtype, uintptr_t queries, const Tenso
 int bound_candidate_logits(int isa, int dtype, const Rows& hidden, const Rows& weight, const Rows& candidates,
                            uintptr_t bias, const std::array<int64_t, 4>& sizes, float scale, float softcap,
                            uintptr_t out, uintptr_t lse, int num_threads) {
-  const CandidateLogitsArgs args{static_cast<DType>(dtype),
-                                 pointer<const void>(hidden.first),
-                                 hidden.second,
-                                 pointer<const void>(weight.first),
-                                 weight.second,
-                                 pointer<const int64_t>(candidates.first),
-                                 candidates.second,
-                                 pointer<const void>(bias),
-                                 sizes[0],
-                                 sizes[1],
-                                 sizes[2],
-                                 sizes[3],
-                                 scale,
-                                 softcap,
-                                 pointer<float>(out),
-                                 pointer<float>(lse),
-                                 num_threads};
+  const CandidateLogitsArgs args =
+      candidate_logits_args(dtype, hidden, weight, candidates, bias, sizes, scale, softcap, out, lse, num_threads);
   const py::gil_scoped_release release;
   return static_cast<int>(candidate_logits(args, isa));
 }
 
-// Address, rank, strides of ranks and columns; column, scale; address and strides of the gradient.
-using Factor = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int64_t, float, uintptr_t, int64_t, int64_t>;
-using Segments = std::tuple<uintptr_t, uintptr_t, int64_t>;  // addresses of offsets (0: none) and adapters, count
-using DropoutPair = std::pair<uint32_t, uint64_t>;           // threshold, seed
-
-std::vector<LoraFactor> factors_of(const std::vector<Factor>& described) {
-  std::vector<LoraFactor> factors;
-  for (const auto& [data, rank, rank_stride, size_stride, column, scale, gradient, gradient_rank, gradient_size] :
-       described)
-    factors.push_back({pointer<const void>(data), rank, rank_stride, size_stride, column, scale,
-                       pointer<void>(gradient), gradient_rank, gradient_size});
-  return factors;
-}
-
-LoraSegments segments_of(const Segments& t) {
-  return {pointer<const int64_t>(std::get<0>(t)), pointer<const int64_t>(std::get<1>(t)), std::get<2>(t)};
-}
-
 int bound_lora_shrink(int isa, int dtype, int factor_dtype, const Rows& x, const std::array<int64_t, 3>& sizes,
                       const std::vector<Factor>& described, const Rows& sums, const Rows& coefficients,
-                      const Segments& segments, const DropoutPair& dropout, int num_threads) {
+                      const Segments& segments, const Dropout& dropout, int num_threads) {
   const std::vector<LoraFactor> factors = factors_of(described);
-  const LoraShrinkArgs args{static_cast<DType>(dtype),
-                            static_cast<DType>(factor_dtype),
-                            pointer<const void>(x.first),
-                            x.second,
-                            sizes[0],
-                            sizes[1],
-                            factors.data(),
-                            static_cast<int64_t>(factors.size()),
-                            sizes[2],
-                            pointer<float>(sums.first),
-                            sums.second,
-                            pointer<const float>(coefficients.first),
-                            coefficients.second,
-                            segments_of(segments),
-                            {dropout.first, dropout.second},
-                            num_threads};
+  const LoraShrinkArgs args =
+      lora_shrink_args(dtype, factor_dtype, x, sizes, factors, sums, coefficients, segments, dropout, num_threads);
   const py::gil_scoped_release release;
   return static_cast<int>(lora_shrink(args, isa));
 }
 
 int bound_lora_expand(int isa, int dtype, int factor_dtype, const Rows& out, const std::array<int64_t, 2>& sizes,
                       const std::vector<Factor>& described, const Rows& coefficients, const Segments& segments,
-                      const DropoutPair& dropout, int num_threads) {
+                      const Dropout& dropout, int num_threads) {
   const std::vector<LoraFactor> factors = factors_of(described);
-  const LoraExpandArgs args{static_cast<DType>(dtype),
-                            static_cast<DType>(factor_dtype),
-                            pointer<void>(out.first),
-                            out.second,
-                            sizes[0],
-                            sizes[1],
-                            factors.data(),
-                            static_cast<int64_t>(factors.size()),
-                            pointer<const float>(coefficients.first),
-                            coefficients.second,
-                            segments_of(segments),
-                            {dropout.first, dropout.second},
-                            num_threads};
+  const LoraExpandArgs args =
+      lora_expand_args(dtype, factor_dtype, out, sizes, factors, coefficients, segments, dropout, num_threads);
   const py::gil_scoped_release release;
   return static_cast<int>(lora_expand(args, isa));
 }

@@ -217,7 +217,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
         assert error == 0
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "_gpu_kernels", lambda implementation: host.module)
+        patch.setattr(ops._checks, "gpu_kernels", lambda op, implementation: host.module)
         patch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
         patch.setattr(torch.cuda, "device", contextlib.nullcontext)
         patch.setattr(torch.cuda, "check_error", check_error)

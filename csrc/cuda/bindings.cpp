@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "arguments.h"
 #include "cuda/candidate_logits.h"
 #include "cuda/listwise_loss.h"
 #include "cuda/lora_linear.h"
@@ -18,11 +19,6 @@ using namespace rankernel;
 namespace {
 
 using Addresses = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>;  // scores, labels, where, offsets
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 // In the order of python/rankernel/listwise.py.
 ListwiseSettings settings_of(const std::array<double, 10>& s) {
@@ -59,92 +55,31 @@ int bound_listwise_loss(int dtype, const Addresses& inputs, std::pair<int64_t, i
   return cuda::listwise_loss(args, pointer<void>(workspace), pointer<void>(stream));
 }
 
-using Strided = std::pair<uintptr_t, int64_t>;
-
-int bound_candidate_logits(int dtype, Strided hidden, Strided weight, Strided candidates, uintptr_t bias,
+int bound_candidate_logits(int dtype, const Rows& hidden, const Rows& weight, const Rows& candidates, uintptr_t bias,
                            const std::array<int64_t, 4>& sizes, float scale, float softcap, uintptr_t out,
                            uintptr_t lse, uintptr_t workspace, uintptr_t stream) {
-  const CandidateLogitsArgs args{static_cast<DType>(dtype),
-                                 pointer<const void>(hidden.first),
-                                 hidden.second,
-                                 pointer<const void>(weight.first),
-                                 weight.second,
-                                 pointer<const int64_t>(candidates.first),
-                                 candidates.second,
-                                 pointer<const void>(bias),
-                                 sizes[0],
-                                 sizes[1],
-                                 sizes[2],
-                                 sizes[3],
-                                 scale,
-                                 softcap,
-                                 pointer<float>(out),
-                                 pointer<float>(lse),
-                                 0};
+  const CandidateLogitsArgs args =
+      candidate_logits_args(dtype, hidden, weight, candidates, bias, sizes, scale, softcap, out, lse, 0);
   const py::gil_scoped_release release;
   return cuda::candidate_logits(args, pointer<void>(workspace), pointer<void>(stream));
 }
 
-// Address, rank, rank and size stride, column, scale; address of the gradient, its strides.
-using Factor = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int64_t, float, uintptr_t, int64_t, int64_t>;
-using Segments = std::tuple<uintptr_t, uintptr_t, int64_t>;  // offsets, adapters, count
-using Dropout = std::pair<uint32_t, uintptr_t>;              // threshold, seed
-
-std::vector<LoraFactor> factors_of(const std::vector<Factor>& factors) {
-  std::vector<LoraFactor> all;
-  for (const auto& [data, rank, rank_stride, size_stride, column, scale, gradient, gradient_rank, gradient_size] :
-       factors)
-    all.push_back({pointer<const void>(data), rank, rank_stride, size_stride, column, scale, pointer<void>(gradient),
-                   gradient_rank, gradient_size});
-  return all;
-}
-
-LoraSegments segments_of(const Segments& segments) {
-  const auto [offsets, adapters, count] = segments;
-  return {pointer<const int64_t>(offsets), pointer<const int64_t>(adapters), count};
-}
-
-int bound_lora_shrink(int dtype, int factor_dtype, Strided x, const std::array<int64_t, 3>& sizes,
-                      const std::vector<Factor>& described, Strided sums, Strided coefficients,
-                      const Segments& segments, Dropout dropout, uintptr_t stream) {
+int bound_lora_shrink(int dtype, int factor_dtype, const Rows& x, const std::array<int64_t, 3>& sizes,
+                      const std::vector<Factor>& described, const Rows& sums, const Rows& coefficients,
+                      const Segments& segments, const Dropout& dropout, uintptr_t stream) {
   const std::vector<LoraFactor> factors = factors_of(described);
-  const LoraShrinkArgs args{static_cast<DType>(dtype),
-                            static_cast<DType>(factor_dtype),
-                            pointer<const void>(x.first),
-                            x.second,
-                            sizes[0],
-                            sizes[1],
-                            factors.data(),
-                            static_cast<int64_t>(factors.size()),
-                            sizes[2],
-                            pointer<float>(sums.first),
-                            sums.second,
-                            pointer<const float>(coefficients.first),
-                            coefficients.second,
-                            segments_of(segments),
-                            {dropout.first, 0},
-                            0};
+  const LoraShrinkArgs args =
+      lora_shrink_args(dtype, factor_dtype, x, sizes, factors, sums, coefficients, segments, {dropout.first, 0}, 0);
   const py::gil_scoped_release release;
   return cuda::lora_shrink(args, pointer<const int64_t>(dropout.second), pointer<void>(stream));
 }
 
-int bound_lora_expand(int dtype, int factor_dtype, Strided out, const std::array<int64_t, 2>& sizes,
-                      const std::vector<Factor>& described, Strided coefficients, const Segments& segments,
-                      Dropout dropout, uintptr_t stream) {
+int bound_lora_expand(int dtype, int factor_dtype, const Rows& out, const std::array<int64_t, 2>& sizes,
+                      const std::vector<Factor>& described, const Rows& coefficients, const Segments& segments,
+                      const Dropout& dropout, uintptr_t stream) {
   const std::vector<LoraFactor> factors = factors_of(described);
-  const LoraExpandArgs args{static_cast<DType>(dtype),
-                            static_cast<DType>(factor_dtype),
-                            pointer<void>(out.first),
-                            out.second,
-                            sizes[0],
-                            sizes[1],
-                            factors.data(),
-                            static_cast<int64_t>(factors.size()),
-                            pointer<const float>(coefficients.first),
-                            coefficients.second,
-                            segments_of(segments),
-                            {dropout.first, 0},
-                            0};
+  const LoraExpandArgs args =
+      lora_expand_args(dtype, factor_dtype, out, sizes, factors, coefficients, segments, {dropout.first, 0}, 0);
   const py::gil_scoped_release release;
   return cuda::lora_expand(args, pointer<const int64_t>(dropout.second), pointer<void>(stream));
 }

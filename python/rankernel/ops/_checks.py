@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import itertools
 import math
+from typing import Any
 
 import torch
 
+from rankernel import backends
 from rankernel.layout import BlockLayout
 
 LIBRARY = torch.library.Library("rankernel", "DEF")
@@ -97,6 +101,22 @@ def why_no_kernel(query: torch.Tensor) -> str | None:
     if not 0 < query.shape[2] <= MAX_HEAD_SIZE:
         return f"kernels cover head sizes from 1 to {MAX_HEAD_SIZE}, not {query.shape[2]}"
     return None
+
+
+def why_no_kernel_of(implementation: str, tensor: torch.Tensor) -> str | None:
+    """Why the kernels of an implementation, ``"cpu"``, ``"triton"`` or ``"cuda"``, do not take a tensor, or None."""
+    if tensor.device.type != ("cpu" if implementation == "cpu" else "cuda"):
+        return f"there is no kernel for {tensor.device.type} tensors"
+    if tensor.dtype not in NATIVE_DTYPES:
+        return f"there is no kernel for {tensor.dtype}"
+    return None if implementation == "cpu" else backends.why_no_module(implementation)
+
+
+@functools.cache
+def gpu_kernels(op: str, implementation: str) -> Any:
+    """The module of an op's kernels on CUDA tensors, imported when they are first wanted."""
+    name = "rankernel._C_cuda" if implementation == "cuda" else f"rankernel.triton_kernels.{op}"
+    return importlib.import_module(name)
 
 
 def address(tensor: torch.Tensor) -> tuple[int, int, int]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 import math
 from typing import Any
 
@@ -115,21 +113,6 @@ def _check(
     return candidates.to(torch.int64).contiguous()
 
 
-@functools.cache
-def _gpu_kernels(implementation: str) -> Any:
-    return importlib.import_module(
-        "rankernel._C_cuda" if implementation == "cuda" else "rankernel.triton_kernels.candidate_logits"
-    )
-
-
-def _why_no_kernel(hidden: torch.Tensor, implementation: str) -> str | None:
-    if hidden.device.type != ("cpu" if implementation == "cpu" else "cuda"):
-        return f"there is no kernel for {hidden.device.type} tensors"
-    if hidden.dtype not in _checks.NATIVE_DTYPES:
-        return f"there is no kernel for {hidden.dtype}"
-    return None if implementation == "cpu" else backends.why_no_module(implementation)
-
-
 def _forward(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -143,14 +126,15 @@ def _forward(
     """Result [B, C], and with ``log_probs`` the log-sum-exp of every row [B], else an empty tensor."""
     candidates = _check(hidden, weight, candidates, bias)
     implementation = "cpu" if hidden.device.type == "cpu" else backends.gpu_implementation()
-    if backends.native_refused("candidate_logits", _why_no_kernel(hidden, implementation), implementation):
+    if backends.native_refused("candidate_logits", _checks.why_no_kernel_of(implementation, hidden), implementation):
         return _in_pytorch(hidden, weight, candidates, bias, scale, softcap, log_probs)
     hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     if implementation == "triton":
         with torch.cuda.device(hidden.device):
-            return _gpu_kernels("triton").candidate_logits(hidden, weight, candidates, bias, scale, softcap, log_probs)
+            kernels = _checks.gpu_kernels("candidate_logits", "triton")
+            return kernels.candidate_logits(hidden, weight, candidates, bias, scale, softcap, log_probs)
     num_rows, num_candidates = hidden.shape[0], candidates.shape[-1]
     out = hidden.new_empty((num_rows, num_candidates), dtype=torch.float32)
     lse = hidden.new_empty((num_rows if log_probs else 0,), dtype=torch.float32)
@@ -167,7 +151,7 @@ def _forward(
         lse.data_ptr() if log_probs else 0,
     )
     if implementation == "cuda":
-        extension = _gpu_kernels("cuda")
+        extension = _checks.gpu_kernels("candidate_logits", "cuda")
         with torch.cuda.device(hidden.device):
             size = extension.candidate_logits_workspace(num_rows, weight.shape[0], log_probs)
             workspace = hidden.new_empty(size, dtype=torch.uint8)

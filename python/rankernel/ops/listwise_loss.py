@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -100,24 +99,20 @@ def _check(scores: torch.Tensor, labels: torch.Tensor, offsets: torch.Tensor, wh
 
 
 def _why_no_kernel(scores: torch.Tensor, kind: int, implementation: str) -> str | None:
-    if scores.device.type != ("cpu" if implementation == "cpu" else "cuda"):
-        return f"there is no kernel for {scores.device.type} tensors"
-    if scores.dtype not in _checks.NATIVE_DTYPES:
-        return f"there is no kernel for {scores.dtype}"
+    if why_not := _checks.why_no_kernel_of(implementation, scores):
+        return why_not
     if scores.numel() >= 2**31:
         return "kernels count up to 2^31 - 1 items"
-    if implementation == "cpu" or (why_not := backends.why_no_module(implementation)) is None:
-        covered = _NAMES if implementation == "cpu" else _covered_on_gpu(implementation)
-        return None if _NAMES[kind] in covered else f"{implementation} has no kernel for kind {_NAMES[kind]!r} yet"
-    return why_not
+    covered = _NAMES if implementation == "cpu" else _covered_on_gpu(implementation)
+    return None if _NAMES[kind] in covered else f"{implementation} has no kernel for kind {_NAMES[kind]!r} yet"
 
 
 @functools.cache
 def _covered_on_gpu(implementation: str) -> frozenset[str]:
     if implementation == "cuda":
-        extension = importlib.import_module("rankernel._C_cuda")
+        extension = _checks.gpu_kernels("listwise_loss", "cuda")
         return frozenset(_NAMES[index] for index in extension.covered_kinds())
-    return frozenset(importlib.import_module("rankernel.triton_kernels.listwise_loss").KINDS_COVERED)
+    return frozenset(_checks.gpu_kernels("listwise_loss", "triton").KINDS_COVERED)
 
 
 def _forward(
@@ -138,7 +133,7 @@ def _forward(
     offsets = offsets.to(torch.int64).contiguous()
     where = None if where is None else where.contiguous()
     if implementation == "triton":
-        kernels = importlib.import_module("rankernel.triton_kernels.listwise_loss")
+        kernels = _checks.gpu_kernels("listwise_loss", "triton")
         with torch.cuda.device(scores.device):
             return kernels.listwise_loss(
                 scores, labels, offsets, where, _NAMES[kind], REDUCTIONS[reduction], Settings(*settings), seed
@@ -150,7 +145,7 @@ def _forward(
     outputs = (loss.data_ptr(), grad.data_ptr())
     sizes, dtype = (scores.numel(), num_lists), _checks.NATIVE_DTYPES[scores.dtype]
     if implementation == "cuda":
-        extension = importlib.import_module("rankernel._C_cuda")
+        extension = _checks.gpu_kernels("listwise_loss", "cuda")
         with torch.cuda.device(scores.device):
             size = extension.listwise_loss_workspace(sizes, kind, settings)
             workspace = scores.new_empty(size, dtype=torch.uint8)

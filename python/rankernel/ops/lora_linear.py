@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -349,21 +347,6 @@ def _check(
             raise ValueError(f"gate: expected shape [{width}] or {[x.shape[0], width]}, got {list(gate.shape)}")
 
 
-@functools.cache
-def _gpu_kernels(implementation: str) -> Any:
-    return importlib.import_module(
-        "rankernel._C_cuda" if implementation == "cuda" else "rankernel.triton_kernels.lora_linear"
-    )
-
-
-def _why_no_kernel(x: torch.Tensor, implementation: str) -> str | None:
-    if x.device.type != ("cpu" if implementation == "cpu" else "cuda"):
-        return f"there is no kernel for {x.device.type} tensors"
-    if x.dtype not in _checks.NATIVE_DTYPES:
-        return f"there is no kernel for {x.dtype}"
-    return None if implementation == "cpu" else backends.why_no_module(implementation)
-
-
 class _Kernels(NamedTuple):
     """The two kernels of one implementation, on rows and adapters of one call."""
 
@@ -387,7 +370,7 @@ class _Kernels(NamedTuple):
         chosen = self.dropout if dropout else None
         outputs: dict[str, Any] = {"sums": sums, "coefficients": coefficients, "gradients": gradients}
         if self.implementation in ("reference", "triton"):
-            module = reference if self.implementation == "reference" else _gpu_kernels("triton")
+            module = reference if self.implementation == "reference" else _checks.gpu_kernels("lora_linear", "triton")
             return module.lora_shrink(x, factors, scales, columns, self.segments, chosen, **outputs)
         wide = coefficients if sums is None else sums
         assert wide is not None, "nothing to compute"
@@ -413,7 +396,7 @@ class _Kernels(NamedTuple):
         """See :func:`rankernel.reference.lora_linear.lora_expand`."""
         chosen = self.dropout if dropout else None
         if self.implementation in ("reference", "triton"):
-            module = reference if self.implementation == "reference" else _gpu_kernels("triton")
+            module = reference if self.implementation == "reference" else _checks.gpu_kernels("lora_linear", "triton")
             return module.lora_expand(out, coefficients, factors, scales, columns, self.segments, chosen)
         arguments = (
             (out.data_ptr(), out.stride(0)),
@@ -434,7 +417,7 @@ class _Kernels(NamedTuple):
             segments = (offsets.data_ptr(), adapters.data_ptr(), adapters.shape[0])
         threshold = 0 if dropout is None else drop_threshold(dropout.probability)
         if self.implementation == "cuda":
-            extension = _gpu_kernels("cuda")
+            extension = _checks.gpu_kernels("lora_linear", "cuda")
             seed = 0 if dropout is None else dropout.seed.data_ptr()
             stream = torch.cuda.current_stream(x.device).cuda_stream
             with torch.cuda.device(x.device):
@@ -468,7 +451,7 @@ def _described(
 
 def _kernels(x: torch.Tensor, call: _Call) -> _Kernels:
     implementation = "cpu" if x.device.type == "cpu" else backends.gpu_implementation()
-    if backends.native_refused("lora_linear", _why_no_kernel(x, implementation), implementation):
+    if backends.native_refused("lora_linear", _checks.why_no_kernel_of(implementation, x), implementation):
         implementation = "reference"
     return _Kernels(implementation, call.segments, call.dropout)
 
