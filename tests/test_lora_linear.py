@@ -341,6 +341,10 @@ def test_weight_made_when_needed() -> None:
                        {"x": x, "a": lora_A, "b": lora_B})  # fmt: skip
     for name, value in expected.items():
         assert torch.equal(found[name], value)
+    learning = own["weight"].clone().requires_grad_()
+    for step in (lora_linear, torch.compile(lora_linear, backend="aot_eager")):
+        step(x, lambda: learning * 2, lora_A.requires_grad_(), lora_B, 2.0).sum().backward()
+        assert learning.grad is None
 
 
 @pytest.mark.usefixtures("isa")

@@ -281,7 +281,8 @@ def _apply(
             plain &= type(tensor) in _PLAIN
             learns |= tensor.requires_grad
     if torch.compiler.is_compiling() or not plain:
-        dense = [weight if isinstance(weight, torch.Tensor) else weight() for weight in weights]
+        with torch.no_grad():  # as in eager calls, a weight that is made gets no gradient
+            dense = [weight if isinstance(weight, torch.Tensor) else weight() for weight in weights]
         given = [rows.new_empty(0) if bias is None else bias for bias in biases]
         segments = (None, None) if call.segments is None else call.segments
         outs = torch.ops.rankernel.lora_linear(
