@@ -1,4 +1,3 @@
-# ruff: noqa: N803, N806  lora_A and lora_B are the field's names
 """rankernel.adapters: every variant against its dense formula in float64, with all gradients; DoRA against PEFT too."""
 
 from __future__ import annotations
@@ -354,11 +353,11 @@ def nola_bases(seed: int, number: int, *shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nola(dtype: torch.dtype, number: int) -> None:
     module = randomised(NOLALinear(base_layer(dtype), 4, 0.7, num_bases=number, seed=3))
-    bases_A, bases_B = nola_bases(6, number, 4, SIZE_IN), nola_bases(7, number, SIZE_OUT, 4)
+    of_a, of_b = nola_bases(6, number, 4, SIZE_IN), nola_bases(7, number, SIZE_OUT, 4)
 
     def dense(x: torch.Tensor, p: Tensors) -> torch.Tensor:
-        factors = {"lora_A": torch.einsum("i,irk->rk", p["a"], bases_A.to(p["a"].dtype))}
-        factors["lora_B"] = torch.einsum("i,ior->or", p["b"], bases_B.to(p["b"].dtype))
+        factors = {"lora_A": torch.einsum("i,irk->rk", p["a"], of_a.to(p["a"].dtype))}
+        factors["lora_B"] = torch.einsum("i,ior->or", p["b"], of_b.to(p["b"].dtype))
         return lora(x, p | factors, 0.7)
 
     compare(module, dense, torch.randn(*ROWS, SIZE_IN).to(dtype), magnitude=50)

@@ -1,4 +1,3 @@
-# ruff: noqa: N803, N806  lora_A and lora_B are the field's names
 """lora_linear and its forms: values and every gradient against float64, and what PyTorch asks of an op."""
 
 from __future__ import annotations

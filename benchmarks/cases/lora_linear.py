@@ -1,4 +1,3 @@
-# ruff: noqa: N806  lora_A and lora_B are the field's names
 """Linear layers with LoRA adapters of rank 16 against PEFT's layers and against the frozen layer without adapters.
 
 Weights are frozen, adapters learn, and x needs a gradient, as behind the first layer of a model. Every call returns

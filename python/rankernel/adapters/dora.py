@@ -1,4 +1,3 @@
-# ruff: noqa: N803  lora_A and lora_B are the field's names
 """DoRA, weight-decomposed low-rank adaptation (Liu et al., arXiv 2402.09353), without a dense update of the weight."""
 
 from __future__ import annotations

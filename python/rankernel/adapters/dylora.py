@@ -52,7 +52,7 @@ class DyLoRALinear(LoRALinear):
         first = b - 1 if self.training and self.frozen else 0
         held = (self.lora_A[:first].detach(), self.lora_B[:, :first].detach())
         learning = (self.lora_A[first:b], self.lora_B[:, first:b])
-        lora_A, lora_B = zip(held, learning, strict=True)  # noqa: N806
+        lora_A, lora_B = zip(held, learning, strict=True)
         [y] = multi_lora_linear(
             x, [self.base.weight], lora_A, lora_B, [self.scaling] * 2, biases=[self.base.bias], projections=[0, 0]
         )

@@ -48,8 +48,8 @@ class NOLALinear(torch.nn.Module):
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A [r, I] and B [O, r], differentiable in a and b."""
         size_out, size_in = self.base.weight.shape
-        lora_A = _Combination.apply(self.a, 2 * self.seed, (self.rank, size_in))  # noqa: N806
-        lora_B = _Combination.apply(self.b, 2 * self.seed + 1, (size_out, self.rank))  # noqa: N806
+        lora_A = _Combination.apply(self.a, 2 * self.seed, (self.rank, size_in))
+        lora_B = _Combination.apply(self.b, 2 * self.seed + 1, (size_out, self.rank))
         return lora_A, lora_B
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -80,7 +80,7 @@ class SVDQuantLinear(torch.nn.Module):
             # The op takes adapters of one dtype; that of the branch is as short as the trainable one.
             own = self.lora_A.dtype
             adapters = [(self.down.to(own), self.up.to(own), 1.0), (self.lora_A, self.lora_B, self.scaling)]
-        lora_A, lora_B, scalings = zip(*adapters, strict=True)  # noqa: N806
+        lora_A, lora_B, scalings = zip(*adapters, strict=True)
         [y] = multi_lora_linear(
             x, [self.rest], lora_A, lora_B, scalings, biases=[self.bias], projections=[0] * len(adapters)
         )

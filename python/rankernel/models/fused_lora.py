@@ -1,4 +1,3 @@
-# ruff: noqa: N806, N815  lora_A and lora_B are the field's names
 """PEFT's LoRA linear layer with rankernel's kernels in its forward; see :func:`rankernel.fuse_lora`."""
 
 from __future__ import annotations

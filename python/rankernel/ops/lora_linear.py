@@ -1,4 +1,3 @@
-# ruff: noqa: N803, N806, N815  lora_A and lora_B are the field's names
 """Linear layers with low-rank adapters: the base product by PyTorch, the adapters by our kernels around it."""
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 def lora_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
-    lora_A: torch.Tensor,  # noqa: N803
-    lora_B: torch.Tensor,  # noqa: N803
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
     scaling: float,
     *,
     bias: torch.Tensor | None = None,
@@ -43,7 +43,7 @@ def segment_lora_linear(
         if adapter < 0:
             parts.append(F.linear(rows, weight, bias))
             continue
-        lora_A, lora_B, scaling = adapters[adapter]  # noqa: N806
+        lora_A, lora_B, scaling = adapters[adapter]
         own = None if gate is None else (gate if gate.dim() == 1 else gate[begin:end])[..., : len(lora_A)]
         parts.append(lora_linear(rows, weight, lora_A, lora_B, scaling, bias=bias, gate=own))
     return torch.cat(parts) if parts else x.new_zeros(0, len(weight))
