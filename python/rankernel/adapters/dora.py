@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from rankernel.adapters.lora import LoRALinear
 from rankernel.ops import lora_update
-from rankernel.ops.lora_linear import Weight
+from rankernel.ops.lora_linear import Weight, dense_weight
 
 _BLOCK = 2**20  # elements in float32 at a time: they stay in the cache
 
@@ -44,7 +44,7 @@ def dora_norm(
     Returns:
         [O], float32 (float64 for a float64 weight), without gradient.
     """
-    dense = weight if isinstance(weight, torch.Tensor) else weight()
+    dense = dense_weight(weight)
     if weight_norm is None:
         weight_norm = row_norm(dense)
     # The op returns x A^T in float32 as its last result; W stands for x, and the layer beside it has no outputs.
@@ -89,7 +89,7 @@ def dora_linear(
         ValueError, TypeError: as :func:`rankernel.lora_linear`.
     """
     gain = magnitude / dora_norm(weight, lora_A, lora_B, scaling, weight_norm)
-    base = F.linear(x, weight if isinstance(weight, torch.Tensor) else weight())
+    base = F.linear(x, dense_weight(weight))
     base = _Scale.apply(base, gain)
     if bias is not None:
         base = base + bias.to(base.dtype)

@@ -281,7 +281,7 @@ def _apply(
             learns |= tensor.requires_grad
     if torch.compiler.is_compiling() or not plain:
         with torch.no_grad():  # as in eager calls, a weight that is made gets no gradient
-            dense = [weight if isinstance(weight, torch.Tensor) else weight() for weight in weights]
+            dense = [dense_weight(weight) for weight in weights]
         given = [rows.new_empty(0) if bias is None else bias for bias in biases]
         segments = (None, None) if call.segments is None else call.segments
         outs = torch.ops.rankernel.lora_linear(
@@ -297,6 +297,11 @@ def _apply(
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)  # no fake tensor or other subclass
+
+
+def dense_weight(weight: Weight) -> torch.Tensor:
+    """The weight itself, or what the function returns."""
+    return weight if isinstance(weight, torch.Tensor) else weight()
 
 
 def _cast(weight: Weight, dtype: torch.dtype) -> Weight:
@@ -369,8 +374,7 @@ class _Kernels(NamedTuple):
         """See :func:`rankernel.reference.lora_linear.lora_shrink`."""
         chosen = self.dropout if dropout else None
         outputs: dict[str, Any] = {"sums": sums, "coefficients": coefficients, "gradients": gradients}
-        if self.implementation in ("reference", "triton"):
-            module = reference if self.implementation == "reference" else _checks.gpu_kernels("lora_linear", "triton")
+        if (module := self._of_tensors()) is not None:
             return module.lora_shrink(x, factors, scales, columns, self.segments, chosen, **outputs)
         wide = coefficients if sums is None else sums
         assert wide is not None, "nothing to compute"
@@ -395,8 +399,7 @@ class _Kernels(NamedTuple):
     ) -> None:
         """See :func:`rankernel.reference.lora_linear.lora_expand`."""
         chosen = self.dropout if dropout else None
-        if self.implementation in ("reference", "triton"):
-            module = reference if self.implementation == "reference" else _checks.gpu_kernels("lora_linear", "triton")
+        if (module := self._of_tensors()) is not None:
             return module.lora_expand(out, coefficients, factors, scales, columns, self.segments, chosen)
         arguments = (
             (out.data_ptr(), out.stride(0)),
@@ -405,6 +408,12 @@ class _Kernels(NamedTuple):
             (coefficients.data_ptr(), coefficients.stride(0)),
         )
         self._launch("lora_expand", out, factors, arguments, chosen)
+
+    def _of_tensors(self) -> Any:
+        """The module whose functions take tensors, or None for an extension, which takes addresses."""
+        if self.implementation == "reference":
+            return reference
+        return _checks.gpu_kernels("lora_linear", "triton") if self.implementation == "triton" else None
 
     def _launch(
         self, name: str, x: torch.Tensor, factors: Sequence[torch.Tensor], arguments: tuple[Any, ...],
@@ -480,7 +489,7 @@ def _forward(
     call: _Call,
 ) -> tuple[list[torch.Tensor], torch.Tensor, _Kernels]:
     """The layers' results, ``S = x A^T`` of all adapters side by side, without scale and gate, and what ran."""
-    dense = [weight if isinstance(weight, torch.Tensor) else weight() for weight in weights]
+    dense = [dense_weight(weight) for weight in weights]
     _check(x, dense, biases, lora_A, lora_B, call)
     if call.given_base:
         outs = [base.clone(memory_format=torch.contiguous_format) for base in dense]
@@ -552,8 +561,7 @@ def _backward(
         if wanted.x and call.given_base:
             grad_x = torch.zeros_like(x)
         elif wanted.x:
-            weight = weights[projection]
-            dense = weight if isinstance(weight, torch.Tensor) else weight()
+            dense = dense_weight(weights[projection])
             grad_x = grad @ dense if grad_x is None else grad_x.addmm_(grad, dense)
         if wanted.weights[projection] and not call.given_base:
             grad_weights[projection] = grad.T @ x
