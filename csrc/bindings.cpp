@@ -51,47 +51,94 @@ const KernelTable& table_of(const std::string& op) {
   throw py::value_error("unknown op " + op);
 }
 
+BlockAttentionArgs block_attention_args(int dtype, const Tensor& query, const Tensor& key, const Tensor& value,
+                                        const Tensor& out, uintptr_t lse, uintptr_t sinks, const LayoutTuple& layout,
+                                        int64_t num_tokens, const Heads& heads, float scale, float softcap,
+                                        int64_t window, int num_threads) {
+  return {static_cast<DType>(dtype),
+          token_heads(query),
+          token_heads(key),
+          token_heads(value),
+          token_heads(out),
+          pointer<float>(lse),
+          pointer<const float>(sinks),
+          layout_of(layout, num_tokens),
+          std::get<0>(heads),
+          std::get<1>(heads),
+          std::get<2>(heads),
+          scale,
+          softcap,
+          window,
+          num_threads};
+}
+
 int bound_block_attention(int isa, int dtype, const Tensor& query, const Tensor& key, const Tensor& value,
                           const Tensor& out, uintptr_t lse, uintptr_t sinks, const LayoutTuple& layout,
                           int64_t num_tokens, const Heads& heads, float scale, float softcap, int64_t window,
                           int num_threads) {
-  const BlockAttentionArgs args{static_cast<DType>(dtype),
-                                token_heads(query),
-                                token_heads(key),
-                                token_heads(value),
-                                token_heads(out),
-                                pointer<float>(lse),
-                                pointer<const float>(sinks),
-                                layout_of(layout, num_tokens),
-                                std::get<0>(heads),
-                                std::get<1>(heads),
-                                std::get<2>(heads),
-                                scale,
-                                softcap,
-                                window,
-                                num_threads};
+  const BlockAttentionArgs args = block_attention_args(dtype, query, key, value, out, lse, sinks, layout, num_tokens,
+                                                       heads, scale, softcap, window, num_threads);
   const py::gil_scoped_release release;
   return static_cast<int>(block_attention(args, isa));
+}
+
+int bound_block_attention_backward(const Tensor& grad_out, uintptr_t grad_lse, const Tensor& grad_query,
+                                   const Tensor& grad_key, const Tensor& grad_value, uintptr_t grad_sinks, int isa,
+                                   int dtype, const Tensor& query, const Tensor& key, const Tensor& value,
+                                   const Tensor& out, uintptr_t lse, uintptr_t sinks, const LayoutTuple& layout,
+                                   int64_t num_tokens, const Heads& heads, float scale, float softcap, int64_t window,
+                                   int num_threads) {
+  const BlockAttentionBackwardArgs args{block_attention_args(dtype, query, key, value, out, lse, sinks, layout,
+                                                             num_tokens, heads, scale, softcap, window, num_threads),
+                                        token_heads(grad_out),
+                                        pointer<const float>(grad_lse),
+                                        token_heads(grad_query),
+                                        token_heads(grad_key),
+                                        token_heads(grad_value),
+                                        pointer<float>(grad_sinks)};
+  const py::gil_scoped_release release;
+  return static_cast<int>(block_attention_backward(args, isa));
+}
+
+DocumentScoresArgs document_scores_args(int dtype, const Tensor& query, const Tensor& key, uintptr_t rows,
+                                        int64_t num_rows, uintptr_t out, int64_t max_documents,
+                                        const LayoutTuple& layout, int64_t num_tokens, const Heads& heads, float scale,
+                                        float softcap, int num_threads) {
+  return {static_cast<DType>(dtype),
+          token_heads(query),
+          token_heads(key),
+          pointer<const int64_t>(rows),
+          num_rows,
+          pointer<float>(out),
+          max_documents,
+          layout_of(layout, num_tokens),
+          std::get<0>(heads),
+          std::get<1>(heads),
+          std::get<2>(heads),
+          scale,
+          softcap,
+          num_threads};
 }
 
 template <Status (*kOp)(const DocumentScoresArgs&, int)>
 int bound_document_scores(int isa, int dtype, const Tensor& query, const Tensor& key, uintptr_t rows, int64_t num_rows,
                           uintptr_t out, int64_t max_documents, const LayoutTuple& layout, int64_t num_tokens,
                           const Heads& heads, float scale, float softcap, int num_threads) {
-  const DocumentScoresArgs args{static_cast<DType>(dtype),
-                                token_heads(query),
-                                token_heads(key),
-                                pointer<const int64_t>(rows),
-                                num_rows,
-                                pointer<float>(out),
-                                max_documents,
-                                layout_of(layout, num_tokens),
-                                std::get<0>(heads),
-                                std::get<1>(heads),
-                                std::get<2>(heads),
-                                scale,
-                                softcap,
-                                num_threads};
+  const DocumentScoresArgs args = document_scores_args(dtype, query, key, rows, num_rows, out, max_documents, layout,
+                                                       num_tokens, heads, scale, softcap, num_threads);
+  const py::gil_scoped_release release;
+  return static_cast<int>(kOp(args, isa));
+}
+
+template <Status (*kOp)(const DocumentScoresBackwardArgs&, int)>
+int bound_document_scores_backward(int isa, int dtype, const Tensor& query, const Tensor& key, uintptr_t rows,
+                                   int64_t num_rows, uintptr_t out, int64_t max_documents, const LayoutTuple& layout,
+                                   int64_t num_tokens, const Heads& heads, float scale, float softcap, int num_threads,
+                                   uintptr_t grad_out, uintptr_t grad_query, uintptr_t grad_key) {
+  const DocumentScoresBackwardArgs args{document_scores_args(dtype, query, key, rows, num_rows, out, max_documents,
+                                                             layout, num_tokens, heads, scale, softcap, num_threads),
+                                        pointer<const float>(grad_out), pointer<float>(grad_query),
+                                        pointer<void>(grad_key)};
   const py::gil_scoped_release release;
   return static_cast<int>(kOp(args, isa));
 }
@@ -205,8 +252,11 @@ PYBIND11_MODULE(_C, module) {
   });
 
   module.def("block_attention", bound_block_attention);
+  module.def("block_attention_backward", bound_block_attention_backward);
   module.def("document_logsumexp", bound_document_scores<document_logsumexp>);
+  module.def("document_logsumexp_backward", bound_document_scores_backward<document_logsumexp_backward>);
   module.def("token_attention_mass", bound_document_scores<token_attention_mass>);
+  module.def("token_attention_mass_backward", bound_document_scores_backward<token_attention_mass_backward>);
   module.def("listwise_loss", bound_listwise_loss);
   module.def("relevance_feedback", bound_relevance_feedback);
   module.def("candidate_logits", bound_candidate_logits);

@@ -23,7 +23,16 @@ struct BlockAttentionArgs {
   int num_threads;
 };
 
+struct BlockAttentionBackwardArgs {
+  BlockAttentionArgs forward;  // out and lse are read
+  TokenHeads grad_out;
+  const float* grad_lse;                        // [num_tokens, num_query_heads]
+  TokenHeads grad_query, grad_key, grad_value;  // written
+  float* grad_sinks;                            // [num_query_heads], written where there are sinks
+};
+
 // isa: index into isa_names() of the best instruction set to use. Throws std::bad_alloc.
 Status block_attention(const BlockAttentionArgs& args, int isa);
+Status block_attention_backward(const BlockAttentionBackwardArgs& args, int isa);
 
 }  // namespace rankernel

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,14 +71,19 @@ def test_every_isa_and_dtype(problem: Problem) -> None:
             assert torch.equal(tensor, copy), "an input was changed"
 
 
+@functools.cache
+def long_results(pattern: str) -> tuple[BlockLayout, list, tuple, tuple]:
+    layout = BlockLayout.from_lengths([(700, [1300, 600, 90], 530), (3, [40] * 30, 20)], pattern)
+    inputs = tensors(layout, heads=2, kv_heads=1, size=32)
+    eager = reference.block_attention(*inputs, layout, window=900)
+    return layout, inputs, eager, reference.block_attention(*(t.double() for t in inputs), layout, window=900)
+
+
 @pytest.mark.parametrize("pattern", ["block", "causal"])
 def test_long_segments(isa: str, pattern: str) -> None:
     """More keys than one score strip, more rows than one span, several tasks per list."""
-    layout = BlockLayout.from_lengths([(700, [1300, 600, 90], 530), (3, [40] * 30, 20)], pattern)
-    query, key, value = tensors(layout, heads=2, kv_heads=1, size=32)
-    truth = reference.block_attention(query.double(), key.double(), value.double(), layout, window=900)
-    eager = reference.block_attention(query, key, value, layout, window=900)
-    ours = block_attention(query, key, value, layout, window=900, return_lse=True)
+    layout, inputs, eager, truth = long_results(pattern)
+    ours = block_attention(*inputs, layout, window=900, return_lse=True)
     for a, b, c in zip(ours, eager, truth, strict=True):
         assert_close(a, b, c, isa)
 
@@ -137,15 +144,16 @@ def test_empty(isa: str, lengths: list) -> None:
 # Gradients
 
 
-@pytest.mark.usefixtures("one_thread")
+@pytest.mark.usefixtures("one_thread", "poisoned_memory")
 @given(problems())
 def test_gradients(problem: Problem) -> None:
-    """Reference backward against autograd in float64; the op's gradients in every dtype within the bound."""
+    """Reference backward against autograd in float64; the op's gradients on every ISA and dtype within the bound."""
     if problem.layout.num_tokens == 0:
         return
     generator = torch.Generator().manual_seed(1)
-    upstream = torch.randn(problem.query.shape, generator=generator, dtype=torch.float64)
-    upstream_lse = torch.randn(problem.query.shape[:2], generator=generator, dtype=torch.float64)
+    tokens, heads, size = problem.query.shape
+    upstream = torch.randn(heads, tokens, size, generator=generator, dtype=torch.float64).transpose(0, 1)
+    upstream_lse = torch.randn(heads, tokens, generator=generator, dtype=torch.float64).T
 
     def gradients(function, dtype: torch.dtype) -> list[torch.Tensor]:
         options = dict(problem.options)
@@ -172,8 +180,12 @@ def test_gradients(problem: Problem) -> None:
         scale = problem.options["scale"] or problem.query.shape[-1] ** -0.5
         term = (upstream.norm(dim=-1).max() * inputs[2].norm(dim=-1).max()).item()
         magnitude = term * max(1.0, scale * inputs[0].abs().max().item(), scale * inputs[1].abs().max().item())
-        for name, a, b, c in zip("qkvs", gradients(op, dtype), eager, truth, strict=False):
-            assert_close(a, b, c, f"{dtype} {name}", magnitude)
+        for isa in backends.available_isas():
+            with backends.use(backend="cpu", isa=isa):
+                ours = gradients(op, dtype)
+            for name, a, b, c in zip("qkvs", ours, eager, truth, strict=False):
+                # delta = sum(dO out) takes out as it was rounded, so sinks in float32 gain nothing from their dtype.
+                assert_close(a.to(dtype), b, c, f"{isa} {dtype} {name}", magnitude)
 
 
 def _gradients_in_double(problem: Problem, upstream: torch.Tensor, upstream_lse: torch.Tensor) -> list[torch.Tensor]:
@@ -184,6 +196,113 @@ def _gradients_in_double(problem: Problem, upstream: torch.Tensor, upstream_lse:
         leaves.append(options["sinks"])
     outputs = reference.block_attention(*leaves[:3], problem.layout, **options)
     return list(torch.autograd.grad(outputs, leaves, (upstream.double(), upstream_lse.double())))
+
+
+def gradients_of(
+    inputs: list[torch.Tensor], layout: BlockLayout, upstream: torch.Tensor, **options: Any
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of the op for query, key, value and, where there are any, sinks."""
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    if "sinks" in options:
+        options["sinks"] = options["sinks"].detach().requires_grad_()
+        leaves.append(options["sinks"])
+    return torch.autograd.grad(block_attention(*leaves[:3], layout, **options), leaves, upstream)
+
+
+@functools.cache
+def long_gradients(pattern: str, dtype: torch.dtype) -> tuple[BlockLayout, list, torch.Tensor, list, list]:
+    """A problem with segments longer than a chunk of rows and with several tasks, and its gradients by autograd."""
+    lengths = [(1500, [], 0)] if pattern == "causal" else [(520, [560, 90], 520), (3, [40] * 20, 20)]
+    layout = BlockLayout.from_lengths(lengths, pattern)
+    inputs = tensors(layout, heads=2, kv_heads=1, dtype=dtype)
+    upstream = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    results = []
+    for kind in (dtype, torch.float64):
+        leaves = [t.to(kind).requires_grad_() for t in inputs]
+        out, _ = reference.block_attention(*leaves, layout, window=650)
+        results.append(torch.autograd.grad(out, leaves, upstream.to(kind)))
+    return layout, inputs, upstream, *results
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pattern", ["block", "causal"])
+def test_gradients_of_long_segments(isa: str, pattern: str, dtype: torch.dtype) -> None:
+    layout, inputs, upstream, eager, truth = long_gradients(pattern, dtype)
+    ours = gradients_of(inputs, layout, upstream, window=650)
+    for name, a, b, c in zip("qkv", ours, eager, truth, strict=True):
+        assert_close(a, b, c, f"{isa} {name}")
+
+
+@pytest.mark.parametrize("pattern", ["block", "causal"])
+def test_threads_do_not_change_a_bit_of_gradients(isa: str, pattern: str) -> None:
+    layout = BlockLayout.from_lengths([(20, [70, 130, 40] * 4, 25)] * 2, pattern)
+    inputs = tensors(layout, dtype=torch.bfloat16)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5, 5):
+            torch.set_num_threads(count)
+            results.append(gradients_of(inputs, layout, inputs[0], sinks=torch.zeros(4)))
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        for first, other in zip(results[0], result, strict=True):
+            assert torch.equal(first, other)
+
+
+def test_gradients_of_lists_are_those_of_each_alone(isa: str) -> None:
+    lengths = [(5, [9, 1, 0, 40], 6), (0, [300, 17, 100], 2), (7, [], 0), (0, [3], 4)]
+    layouts = [BlockLayout.from_lengths(one) for one in (lengths, *([each] for each in lengths))]
+    inputs = tensors(layouts[0])
+    together = gradients_of(inputs, layouts[0], inputs[0])
+    sizes = [layout.num_tokens for layout in layouts[1:]]
+    alone = [
+        gradients_of(list(parts), layout, parts[0])
+        for layout, *parts in zip(layouts[1:], *(t.split(sizes) for t in inputs), strict=True)
+    ]
+    for whole, parts in zip(together, zip(*alone, strict=True), strict=True):
+        assert torch.equal(whole, torch.cat(parts))
+
+
+def test_documents_get_no_gradients_from_each_other(isa: str) -> None:
+    layout = BlockLayout.from_lengths([(4, [6, 5, 7], 3)])
+    query, key, value = tensors(layout)
+    upstream = torch.randn_like(query)
+    before = gradients_of([query, key, value], layout, upstream)
+    query[10:15] = float("nan")
+    upstream[10:15] = float("inf")
+    after = gradients_of([query, key, value], layout, upstream)
+    for a, b in zip(before, after, strict=True):
+        assert torch.equal(a[4:10], b[4:10])
+        assert torch.equal(a[15:], b[15:])
+        assert not torch.isfinite(b[10:15]).any()
+    assert torch.equal(before[0][:4], after[0][:4])
+    assert not torch.isfinite(after[1][:4]).any()
+
+
+@pytest.mark.parametrize("lengths", [[], [(0, [], 0)], [(0, [0, 0], 0)] * 2])
+def test_gradients_of_nothing(isa: str, lengths: list) -> None:
+    layout = BlockLayout.from_lengths(lengths)
+    *gradients, grad_sinks = gradients_of(tensors(layout), layout, torch.zeros(0, 4, 16), sinks=torch.zeros(4))
+    assert [gradient.shape[0] for gradient in gradients] == [0, 0, 0]
+    assert torch.equal(grad_sinks, torch.zeros(4))
+
+
+def test_backward_memory_is_linear() -> None:
+    """60,000 tokens of short documents: less than twice the memory of the tensors themselves, no T^2 (14 GB) of any."""
+    script = """
+import resource, torch
+from rankernel import BlockLayout, block_attention
+torch.set_num_threads(2)
+layout = BlockLayout.from_lengths([(32, [40] * 1498, 48)])
+leaves = [torch.randn(layout.num_tokens, h, 64, requires_grad=True) for h in (4, 2, 2)]
+out = block_attention(*leaves, layout)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+torch.autograd.grad(out, leaves, torch.ones_like(out))
+tensors = 2 * (2 * leaves[0].nbytes + 2 * leaves[1].nbytes)  # query, key, value and out, and their gradients
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / tensors)
+"""
+    run = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, check=True)
+    assert float(run.stdout) < 2
 
 
 def test_gradcheck() -> None:
@@ -215,6 +334,11 @@ def op_arguments(layout: BlockLayout, **options) -> tuple:
 def test_opcheck(options: dict) -> None:
     arguments = op_arguments(BlockLayout.from_lengths(LENGTHS), **options)
     torch.library.opcheck(torch.ops.rankernel.block_attention.default, arguments)
+    arguments = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in arguments)
+    out, lse = torch.ops.rankernel.block_attention(*arguments)
+    torch.library.opcheck(
+        torch.ops.rankernel.block_attention_backward.default, (torch.ones_like(out), lse, out, lse, *arguments)
+    )
 
 
 def test_compile_is_one_graph_without_recompiling() -> None:
@@ -298,6 +422,11 @@ def test_damaged_layout_raises(isa: str) -> None:
         getattr(layout, name)[index] = number
         with pytest.raises(ValueError, match="layout: its cu_seqlens"):
             block_attention(query, key, value, layout)
+        with pytest.raises(ValueError, match="layout: its cu_seqlens"):
+            torch.ops.rankernel.block_attention_backward(
+                query, query[..., 0].contiguous(), query, query[..., 0].contiguous(), query, key, value,
+                layout.cu_seqlens, layout.list_offsets, None, False, 1.0, None, None,
+            )  # fmt: skip
 
 
 def test_what_no_kernel_covers_runs_the_reference_with_a_warning() -> None:
@@ -323,10 +452,12 @@ from rankernel import BlockLayout, backends, block_attention
 layout = BlockLayout.from_lengths([(5, [9, 1, 0, 40, 600], 6), (0, [3, 17], 2)])
 torch.manual_seed(0)
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
-    query, key, value = (torch.randn(layout.num_tokens, h, 24).to(dtype) for h in (4, 2, 2))
+    leaves = [torch.randn(layout.num_tokens, h, 24).to(dtype).requires_grad_() for h in (4, 2, 2)]
     for isa in backends.available_isas():
         with backends.use(isa=isa):
-            print(isa, dtype, block_attention(query, key, value, layout, window=50).double().sum().item())
+            out = block_attention(*leaves, layout, window=50)
+            gradients = torch.autograd.grad(out, leaves, torch.ones_like(out))
+            print(isa, dtype, *(t.double().sum().item() for t in (out, *gradients)))
 """
     outputs = []
     for perturb in ("0", "128"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch._dynamo.testing
@@ -36,29 +38,73 @@ def every_tail_row(layout: BlockLayout) -> torch.Tensor:
     return torch.cat([torch.arange(rows[-1][0], rows[-1][1]) for rows in layout.segments()])
 
 
+def dense(
+    name: str, query: torch.Tensor, key: torch.Tensor, layout: BlockLayout, rows: torch.Tensor, **options: Any
+) -> torch.Tensor:
+    """The ops as PyTorch users write them: logits of all keys in the dtype of the inputs, then a masked reduction."""
+    rows = rows.long()
+    keys = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    logits = torch.einsum("rhd,jhd->rhj", query, keys) * (options.get("scale") or query.shape[-1] ** -0.5)
+    logits = logits.to(torch.promote_types(query.dtype, torch.float32))
+    if options.get("softcap"):
+        logits = options["softcap"] * torch.tanh(logits / options["softcap"])
+    logits = logits.masked_fill(~layout.dense_mask()[rows][:, None], float("-inf"))
+    list_of_token = torch.cat([torch.full((s[-1][1] - s[0][0],), i) for i, s in enumerate(layout.segments())])
+    owners = list_of_token[rows]
+    if name == "document_logsumexp":
+        scores = []
+        for owner, row_logits in zip(owners.tolist(), logits, strict=True):
+            documents = layout.segments()[owner][1:-1]
+            columns = [torch.logsumexp(row_logits[:, begin:end], -1) for begin, end, _ in documents]
+            missing = [logits.new_full((query.shape[1],), float("-inf"))] * (layout.max_documents - len(documents))
+            scores.append(torch.stack(columns + missing, -1) if columns + missing else logits.new_zeros(0))
+        empty = logits.new_zeros(rows.numel(), query.shape[1], layout.max_documents)
+        return torch.stack(scores) if empty.numel() else empty
+    counts = torch.bincount(owners, minlength=layout.num_lists).clamp(min=1)
+    weights = torch.softmax(logits, -1) / counts[owners][:, None, None]
+    return weights.sum((0, 1))
+
+
+def gradients(
+    function: Any, query: torch.Tensor, key: torch.Tensor, layout: BlockLayout, rows: torch.Tensor, **options: Any
+) -> tuple[torch.Tensor, ...]:
+    """Of query and key for a random gradient of the result, which is NaN where the result is -inf."""
+    leaves = query.detach().requires_grad_(), key.detach().requires_grad_()
+    out = function(*leaves, layout, rows, **options)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    return torch.autograd.grad(out, leaves, upstream.to(out.dtype).masked_fill(out.isneginf(), float("nan")))
+
+
+def dense_gradients(
+    name: str, query: torch.Tensor, key: torch.Tensor, layout: BlockLayout, rows: torch.Tensor, **options: Any
+) -> tuple[torch.Tensor, ...]:
+    """The same through :func:`dense`, from the finite results alone."""
+
+    def finite(*arguments: Any, **options: Any) -> torch.Tensor:
+        out = dense(name, *arguments, **options)
+        upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+        seen = ~out.isneginf()
+        return (out[seen] * upstream.to(out.dtype)[seen]).sum()
+
+    leaves = query.detach().requires_grad_(), key.detach().requires_grad_()
+    total = finite(*leaves, layout, rows, **options)
+    if not total.requires_grad:
+        return torch.zeros_like(query), torch.zeros_like(key)
+    return torch.autograd.grad(total, leaves, materialize_grads=True)
+
+
 @pytest.mark.parametrize("name", OPS)
 @given(problems_with_rows())
 def test_reference_is_a_reduction_of_dense_attention(name: str, case: tuple[Problem, torch.Tensor]) -> None:
     problem, rows = case
-    layout, query = problem.layout, problem.query[rows.long()]
-    ours = OPS[name][1](query, problem.key, layout, rows, **problem.options)
-    keys = problem.key.repeat_interleave(query.shape[1] // problem.key.shape[1], 1)
-    logits = torch.einsum("rhd,jhd->rhj", query, keys) * (problem.options["scale"] or query.shape[-1] ** -0.5)
-    if problem.options["softcap"]:
-        logits = problem.options["softcap"] * torch.tanh(logits / problem.options["softcap"])
-    logits = logits.masked_fill(~layout.dense_mask()[rows.long()][:, None], float("-inf"))
-    list_of_token = torch.cat([torch.full((s[-1][1] - s[0][0],), i) for i, s in enumerate(layout.segments())])
-    owners = list_of_token[rows.long()]
-    if name == "document_logsumexp":
-        truth = torch.full((rows.numel(), query.shape[1], layout.max_documents), float("-inf"), dtype=torch.float64)
-        for r, owner in enumerate(owners.tolist()):
-            for d, (begin, end, _) in enumerate(layout.segments()[owner][1:-1]):
-                truth[r, :, d] = torch.logsumexp(logits[r, :, begin:end], -1)
-    else:
-        counts = torch.bincount(owners, minlength=layout.num_lists).clamp(min=1)
-        weights = torch.softmax(logits, -1) / counts[owners][:, None, None]
-        truth = weights.sum((0, 1)) if rows.numel() else torch.zeros(layout.num_tokens, dtype=torch.float64)
-    torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-10)
+    inputs = problem.query[rows.long()], problem.key, problem.layout, rows
+    torch.testing.assert_close(
+        OPS[name][1](*inputs, **problem.options), dense(name, *inputs, **problem.options), rtol=1e-10, atol=1e-10
+    )
+    with backends.use(backend="reference"):
+        ours = gradients(OPS[name][0], *inputs, **problem.options)
+    for a, b in zip(ours, dense_gradients(name, *inputs, **problem.options), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.usefixtures("poisoned_memory")
@@ -89,6 +135,10 @@ def test_long_documents(isa: str, name: str) -> None:
     op, specification = OPS[name]
     truth = specification(query.double(), key.double(), layout, rows)
     assert_close(op(query, key, layout, rows), specification(query, key, layout, rows), truth)
+    truths = dense_gradients(name, query.double(), key.double(), layout, rows)
+    eager = dense_gradients(name, query, key, layout, rows)
+    for ours, a, b in zip(gradients(op, query, key, layout, rows), eager, truths, strict=True):
+        assert_close(ours, a, b)
 
 
 def test_mass_sums_to_the_number_of_heads(isa: str) -> None:
@@ -110,6 +160,7 @@ def test_nan_in_another_document_stays_there(isa: str) -> None:
     assert after[..., 1].isnan().all()
 
 
+@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("name", OPS)
 def test_empty(isa: str, name: str) -> None:
     for lengths in ([], [(0, [], 0)], LENGTHS):
@@ -120,41 +171,113 @@ def test_empty(isa: str, name: str) -> None:
         expected = (0, 4, layout.max_documents) if name == "document_logsumexp" else (layout.num_tokens,)
         assert out.shape == expected
         assert not out.any()
+        grad_query, grad_key = gradients(OPS[name][0], query, key, layout, rows)
+        assert grad_query.shape == query.shape
+        assert grad_key.shape == key.shape
+        assert not grad_key.any()
 
 
-@pytest.mark.usefixtures("one_thread")
+@pytest.mark.usefixtures("poisoned_memory", "one_thread")
 @pytest.mark.parametrize("name", OPS)
 @given(problems_with_rows())
-def test_gradients(name: str, case: tuple[Problem, torch.Tensor]) -> None:
+def test_gradients_of_every_isa_and_dtype(name: str, case: tuple[Problem, torch.Tensor]) -> None:
     problem, rows = case
-    op, specification = OPS[name]
-
-    def gradients(function, query, key) -> list[torch.Tensor]:
-        leaves = [query.detach().requires_grad_(), key.detach().requires_grad_()]
-        out = function(*leaves, problem.layout, rows, **problem.options)
-        upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-        seen = torch.isfinite(out)
-        if not out.requires_grad or not seen.any():
-            return [torch.zeros_like(leaf) for leaf in leaves]
-        total = (out[seen] * upstream.to(out.dtype)[seen]).sum()
-        grads = torch.autograd.grad(total, leaves, allow_unused=True)
-        return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, grads, strict=True)]
-
-    query, key = problem.query[rows.long()], problem.key
-    with backends.use(backend="reference"):
-        exact = gradients(op, query, key)
-    for ours, truth in zip(exact, gradients(specification, query, key), strict=True):
-        torch.testing.assert_close(ours, truth, rtol=1e-9, atol=1e-9)
     for dtype in DTYPES:
-        inputs = query.to(dtype), key.to(dtype)
-        truth = gradients(specification, *(t.double() for t in inputs))
-        eager = gradients(specification, *inputs)
-        # A weight exp(logit - lse) is off by an ulp of the logit; it multiplies upstream gradients, about 4, and Q or K
-        scale = problem.options["scale"] or key.shape[-1] ** -0.5
-        norms = [t.norm(dim=-1).max().item() if t.numel() else 0.0 for t in inputs]
-        magnitude = 4 * scale * max(norms) * (1 + scale * norms[0] * norms[1])
-        for name_of, a, b, c in zip("qk", gradients(op, *inputs), eager, truth, strict=True):
-            assert_close(a, b, c, f"{dtype} {name_of}", magnitude)
+        inputs = problem.query.to(dtype)[rows.long()], problem.key.to(dtype)
+        truth = dense_gradients(name, *(t.double() for t in inputs), problem.layout, rows, **problem.options)
+        eager = dense_gradients(name, *inputs, problem.layout, rows, **problem.options)
+        for isa in backends.available_isas():
+            with backends.use(backend="cpu", isa=isa):
+                ours = gradients(OPS[name][0], *inputs, problem.layout, rows, **problem.options)
+            for of, a, b, c in zip("qk", ours, eager, truth, strict=True):
+                assert a.dtype == dtype
+                assert_close(a, b, c, f"{isa} {dtype} d{of}")
+
+
+@pytest.mark.parametrize("pattern", ["block", "causal"])
+@pytest.mark.parametrize("name", OPS)
+def test_gradients_do_not_depend_on_threads_or_on_other_lists(name: str, pattern: str) -> None:
+    op = OPS[name][0]
+    lengths = [(5, [900, 0, 7], 6), (3, [40] * 5, 70)]
+    layout = BlockLayout.from_lengths(lengths, pattern)
+    rows = torch.randint(0, layout.num_tokens, (40,), generator=torch.Generator().manual_seed(1))
+    rows = torch.cat([rows, rows[:3]])
+    query, key = tensors(layout, rows)
+    out = op(query, key, layout, rows)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
+
+    def run(threads: int, layout: BlockLayout, select: torch.Tensor, tokens: slice) -> tuple[torch.Tensor, ...]:
+        leaves = query[select].requires_grad_(), key[tokens].requires_grad_()
+        torch.set_num_threads(threads)
+        out = op(*leaves, layout, rows[select] - tokens.start)
+        mine = upstream[select, :, : layout.max_documents] if name == "document_logsumexp" else upstream[tokens]
+        return torch.autograd.grad(out, leaves, mine)
+
+    before = torch.get_num_threads()
+    try:
+        everything = torch.arange(rows.numel()), slice(0, layout.num_tokens)
+        together = run(1, layout, *everything)
+        for threads in (2, 5):
+            assert all(map(torch.equal, together, run(threads, layout, *everything)))
+        begin = 0
+        for one in lengths:
+            alone = BlockLayout.from_lengths([one], pattern)
+            tokens = slice(begin, begin + alone.num_tokens)
+            select = ((rows >= tokens.start) & (rows < tokens.stop)).nonzero()[:, 0]
+            assert torch.equal(together[0][select], (parts := run(1, alone, select, tokens))[0])
+            assert torch.equal(together[1][tokens], parts[1])
+            begin = tokens.stop
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_gradients_of_more_rows_than_wait_at_once(name: str) -> None:
+    """Query gradients of 2**22 numbers wait to be added; these pieces have 1.6 times as many."""
+    layout = BlockLayout.from_lengths([(2, [3] * 50, 64)])
+    rows = every_tail_row(layout)
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(rows.numel(), 16, 128, generator=generator)
+    key = torch.randn(layout.num_tokens, 8, 128, generator=generator)
+    truths = dense_gradients(name, query.double(), key.double(), layout, rows)
+    eager = dense_gradients(name, query, key, layout, rows)
+    for ours, a, b in zip(gradients(OPS[name][0], query, key, layout, rows), eager, truths, strict=True):
+        assert_close(ours, a, b)
+
+
+def test_nan_where_no_gradient_is_stays_there(isa: str) -> None:
+    layout = BlockLayout.from_lengths([(4, [6, 5, 7], 3)])
+    rows = torch.tensor([23, 24])
+    query, key = tensors(layout, rows)
+    upstream = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(1))
+    upstream[..., 1] = 0
+    upstream[1, 2] = 0
+
+    def run(query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        leaves = query.clone().requires_grad_(), key.clone().requires_grad_()
+        return torch.autograd.grad(document_logsumexp(*leaves, layout, rows), leaves, upstream)
+
+    clean = run(query, key)
+    assert not clean[0][1, 2].any()
+    key[10:15] = float("nan")
+    query[1, 2] = float("nan")
+    for a, b in zip(clean, run(query, key), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_nan_gradient_of_a_document_shows(isa: str) -> None:
+    layout = BlockLayout.from_lengths([(4, [6, 5, 0, 7], 3), (1, [2], 2)])
+    rows = torch.tensor([24, 29])
+    leaves = [leaf.requires_grad_() for leaf in tensors(layout, rows)]
+    upstream = torch.zeros(2, 4, 4)
+    upstream[0, :, 2] = upstream[1, :, 1:] = float("inf")  # of documents without tokens and of none
+    upstream[0, 0, 1] = float("nan")
+    grad_query, grad_key = torch.autograd.grad(document_logsumexp(*leaves, layout, rows), leaves, upstream)
+    assert grad_query[0, 0].isnan().all()
+    assert grad_key[10:15, 0].isnan().all()
+    grad_query[0, 0] = grad_key[10:15, 0] = 0
+    assert not grad_query.any()
+    assert not grad_key.any()
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -170,6 +293,9 @@ def test_gradcheck_and_opcheck(name: str) -> None:
         layout.max_documents, 0.25, None,
     )  # fmt: skip
     torch.library.opcheck(getattr(torch.ops.rankernel, name).default, arguments)
+    result = OPS[name][0](query, key, layout, rows).detach()
+    backward = getattr(torch.ops.rankernel, f"{name}_backward").default
+    torch.library.opcheck(backward, (torch.ones_like(result), result, query.detach(), key.detach(), *arguments[2:]))
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -180,10 +306,12 @@ def test_compile_is_one_graph_without_recompiling(name: str) -> None:
     for documents in ([9, 1, 0, 40], [10, 10, 10, 20], [1, 9, 25, 15]):
         layout = BlockLayout.from_lengths([(5, documents, 6)])
         rows = torch.tensor([58, 59])
-        query, key = tensors(layout, rows)
-        torch.testing.assert_close(
-            compiled(query, key, layout, rows), OPS[name][0](query, key, layout, rows), equal_nan=True
-        )
+        leaves = [leaf.requires_grad_() for leaf in tensors(layout, rows)]
+        ours, eager = (function(*leaves, layout, rows) for function in (compiled, OPS[name][0]))
+        torch.testing.assert_close(ours, eager, equal_nan=True)
+        upstream = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1))
+        for a, b in zip(*(torch.autograd.grad(out, leaves, upstream) for out in (ours, eager)), strict=True):
+            assert torch.equal(a, b)
     assert counter.frame_count == 1
 
 
@@ -220,6 +348,9 @@ def test_damaged_layout_raises(isa: str, name: str) -> None:
     layout = BlockLayout.from_lengths(LENGTHS)
     rows = torch.tensor([60])
     query, key = tensors(layout, rows)
+    layout.list_offsets[1] = 8  # the first list has more documents than any had
+    with pytest.raises(ValueError, match="layout: its cu_seqlens"):
+        OPS[name][0](query, key, layout, rows)
     layout.cu_seqlens[1] = 10_000
     with pytest.raises(ValueError, match="layout: its cu_seqlens"):
         OPS[name][0](query, key, layout, rows)

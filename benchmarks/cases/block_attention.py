@@ -1,7 +1,8 @@
 """Block-sparse attention against what PyTorch offers for the same mask.
 
 Peers: SDPA with the dense mask, SDPA causal (which attends to everything before, so its result is another one), one
-SDPA call per document, FlexAttention compiled, and the padded blocks of the published BlockRank code.
+SDPA call per document, FlexAttention compiled, and the padded blocks of the published BlockRank code. Forward and
+backward: one SDPA call per document.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 import rankernel
+from cases.lora_linear import expected_of
 from measure import Call, Case, Expected, Finding, Implementation, Problem
 from rankernel import _C, BlockLayout, reference
 from rankernel.layout import DOCUMENT, PREFIX, TAIL
@@ -117,13 +119,11 @@ def sdpa_per_segment(inputs: Inputs) -> Call:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
     def call() -> torch.Tensor:
-        out = torch.empty_like(inputs.packed[0])
+        parts = []
         for begin, end, seen, mask in steps:
             rows, keys, values = query[:, :, begin:end], visible(key, seen), visible(value, seen)
-            out[begin:end] = _unbatched(
-                F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, enable_gqa=True)
-            )
-        return out
+            parts.append(F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, enable_gqa=True))
+        return _unbatched(torch.cat(parts, dim=2))
 
     return call
 
@@ -212,6 +212,37 @@ def _discard(_: object) -> None:
     """For calls whose result is no tensor."""
 
 
+def backward_problem(lengths: Lengths, heads: tuple[int, int, int], with_matmul: bool, dtype: torch.dtype) -> Problem:
+    """Forward and backward by rankernel and by one SDPA call per segment; results are dQ, dK and dV."""
+    inputs = Inputs(lengths, heads, dtype)
+    upstream = torch.randn(inputs.packed[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+    def gradients(build: Callable[[Inputs], Call]) -> Callable[[], tuple[torch.Tensor, ...]]:
+        with torch.enable_grad():
+            leaves = [tensor.requires_grad_() for tensor in inputs.packed]
+            forward = build(inputs)
+
+        def call() -> tuple[torch.Tensor, ...]:
+            with torch.enable_grad():
+                return torch.autograd.grad(forward(), leaves, upstream)
+
+        return call
+
+    def by_autograd(wide: torch.dtype) -> tuple[torch.Tensor, ...]:
+        with torch.enable_grad():
+            leaves = [tensor.detach().to(wide).requires_grad_() for tensor in inputs.packed]
+            out, _ = reference.block_attention(*leaves, inputs.layout)
+            return torch.autograd.grad(out, leaves, upstream.to(wide))
+
+    expected = expected_of(partial(by_autograd, torch.float64), partial(by_autograd, dtype), 3)
+    work = 7 * inputs.flops // 2  # five products of the size of the forward pass's two
+    rows = (
+        Implementation("rankernel", lambda: gradients(native), expected, work, native_op=OP),
+        Implementation("SDPA per document", lambda: gradients(sdpa_per_segment), expected, work),
+    )
+    return Problem((*rows, matmul(dtype)) if with_matmul else rows)
+
+
 def scaling_problem(small: Lengths, large: Lengths, heads: tuple[int, int, int], dtype: torch.dtype) -> Problem:
     """rankernel on two sizes in the same rounds."""
     rows = []
@@ -273,6 +304,18 @@ CASES = (
     _case("100-snippets", [ranking_list(100, shortest=8, longest=24, prefix=24, tail=8)], QWEN3_HEADS),
     _case("30-passages-mistral", [ranking_list(30, shortest=256, longest=384, prefix=96)], MISTRAL_HEADS),
     _case("8-lists-of-20", [ranking_list(20)] * 8, QWEN3_HEADS),
+    *(
+        Case(
+            name,
+            in_words(BlockLayout.from_lengths(lengths), *heads) + ", forward and backward",
+            partial(backward_problem, lengths, heads, name != "tiny-backward"),
+            seconds=seconds,
+        )
+        for name, lengths, heads, seconds in (
+            ("tiny-backward", [(8, [5, 1, 12], 4), (3, [7], 2)], (4, 2, 16), 0.1),
+            ("30-documents-backward", [(32, [160] * 30, 48)], QWEN3_HEADS, 20.0),
+        )
+    ),
     Case(
         "400-vs-100",
         "100-documents against the same with 400 documents",

@@ -1,13 +1,13 @@
 """Document log-sum-exp and token attention mass against PyTorch on the same rows.
 
 The published codes of BlockRank and ICR compute the full logits of the rows and reduce them, as the PyTorch rows do;
-SDPA's log-sum-exp, one call per document, is what a user could do without them.
+SDPA's log-sum-exp, one call per document, is what a user could do without them; it has no gradient.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 
 import torch
 
@@ -20,20 +20,27 @@ Lengths = tuple[int, list[int], int]
 OP = "document_scores"
 
 
+Scores = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of query and key
+
+
 class Inputs:
     """Random keys over one list, and queries of the last ``rows`` tokens of its tail; made when first used."""
 
-    def __init__(self, lengths: Lengths, heads: tuple[int, int, int], rows: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, lengths: Lengths, heads: tuple[int, int, int], rows: int, dtype: torch.dtype, backward: bool
+    ) -> None:
         self.layout = BlockLayout.from_lengths([lengths])
         self.heads = heads
         self.rows = self.layout.tail_positions(last=rows)
         self.dtype = dtype
+        self.backward = backward
 
     @property
     def key_bytes(self) -> int:
-        """What any implementation must read."""
+        """What any implementation must read, and with a backward pass read again and write."""
         _, kv_heads, head_size = self.heads
-        return self.layout.num_tokens * kv_heads * head_size * self.dtype.itemsize
+        passes = 3 if self.backward else 1
+        return self.layout.num_tokens * kv_heads * head_size * self.dtype.itemsize * passes
 
     @cached_property
     def query(self) -> torch.Tensor:
@@ -49,11 +56,41 @@ class Inputs:
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(tokens, heads, self.heads[2], generator=generator).to(self.dtype)
 
-    def expected(self, function: Callable[..., torch.Tensor]) -> Expected:
-        def compute(dtype: torch.dtype) -> torch.Tensor:
-            return function(self.query.to(dtype), self.key.to(dtype), self.layout, self.rows)
+    def call(self, scores: Scores) -> Call:
+        """The scores, or with a backward pass the gradients of query and key for a random gradient of the scores."""
+        return self._call(scores, self.dtype)
 
-        return Expected(lambda: compute(torch.float64), lambda: compute(self.dtype))
+    def _call(self, scores: Scores, dtype: torch.dtype) -> Call:
+        query, key = self.query.to(dtype), self.key.to(dtype)
+        if not self.backward:
+            return partial(scores, query, key)
+        leaves = query.detach().requires_grad_(), key.detach().requires_grad_()
+        # Times the tokens, so that errors of the gradients stand above the absolute part of the tolerance.
+        shape = scores(*leaves).shape
+        upstream = torch.randn(shape, generator=torch.Generator().manual_seed(2)) * self.layout.num_tokens
+
+        @torch.enable_grad()
+        def step() -> tuple[torch.Tensor, ...]:
+            out = scores(*leaves)
+            return torch.autograd.grad(out, leaves, upstream.to(out.dtype))
+
+        return step
+
+    def expected(self, function: Callable[..., torch.Tensor], eager: Scores) -> Expected | tuple[Expected, ...]:
+        """What :meth:`call` returns: exactly by a reference, and by PyTorch in the dtype of the inputs."""
+
+        @cache
+        def compute(dtype: torch.dtype) -> torch.Tensor | tuple[torch.Tensor, ...]:
+            def exact(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+                return function(query, key, self.layout, self.rows)
+
+            return self._call(exact if dtype == torch.float64 else eager, dtype)()
+
+        def part(dtype: torch.dtype, index: int) -> torch.Tensor:
+            return compute(dtype)[index] if self.backward else compute(dtype)
+
+        parts = [Expected(partial(part, torch.float64, index), partial(part, self.dtype, index)) for index in range(2)]
+        return tuple(parts) if self.backward else parts[0]
 
 
 def grouped_logits(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
@@ -89,9 +126,9 @@ def mass_in_pytorch(query: torch.Tensor, key: torch.Tensor, visible: torch.Tenso
     return probabilities.mean(dim=2).sum(dim=(0, 1))
 
 
-def _compiled(function: Callable[..., torch.Tensor], *arguments: torch.Tensor) -> Call:
+def _compiled(function: Scores) -> Scores:
     torch._dynamo.reset()  # else the recompile limit, reached over many cases, falls back to eager
-    return partial(torch.compile(function, dynamic=False, fullgraph=True), *arguments)
+    return torch.compile(function, dynamic=False, fullgraph=True)
 
 
 def sdpa_logsumexp_per_document(inputs: Inputs) -> Call:
@@ -110,62 +147,66 @@ def sdpa_logsumexp_per_document(inputs: Inputs) -> Call:
     return call
 
 
-def logsumexp_problem(lengths: Lengths, heads: tuple[int, int, int], rows: int, dtype: torch.dtype) -> Problem:
+def logsumexp_problem(
+    lengths: Lengths, heads: tuple[int, int, int], rows: int, backward: bool, dtype: torch.dtype
+) -> Problem:
     """document_logsumexp and its peers."""
-    inputs = Inputs(lengths, heads, rows, dtype)
-    expected, work = inputs.expected(reference.document_logsumexp), inputs.key_bytes
+    inputs = Inputs(lengths, heads, rows, dtype, backward)
+    index, valid = document_index(inputs.layout)
 
-    def native() -> Call:
-        return partial(rankernel.document_logsumexp, inputs.query, inputs.key, inputs.layout, inputs.rows)
+    def native(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return rankernel.document_logsumexp(query, key, inputs.layout, inputs.rows)
 
-    def pytorch() -> Call:
-        return partial(logsumexp_in_pytorch, inputs.query, inputs.key, *document_index(inputs.layout))
+    def pytorch(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return logsumexp_in_pytorch(query, key, index, valid)
 
-    def compiled() -> Call:
-        return _compiled(logsumexp_in_pytorch, inputs.query, inputs.key, *document_index(inputs.layout))
+    expected, work = inputs.expected(reference.document_logsumexp, pytorch), inputs.key_bytes
+    rows_of_table = [
+        Implementation("rankernel", lambda: inputs.call(native), expected, work, native_op=OP),
+        Implementation("PyTorch logits and logsumexp", lambda: inputs.call(pytorch), expected, work),
+        Implementation("the same compiled", lambda: inputs.call(_compiled(pytorch)), expected, work),
+    ]
+    if not backward:
+        sdpa = Implementation("SDPA lse per document", lambda: sdpa_logsumexp_per_document(inputs), expected, work)
+        rows_of_table.append(sdpa)
+    return Problem(tuple(rows_of_table), unit="B")
 
+
+def mass_problem(
+    lengths: Lengths, heads: tuple[int, int, int], rows: int, backward: bool, dtype: torch.dtype
+) -> Problem:
+    """token_attention_mass and its peers."""
+    inputs = Inputs(lengths, heads, rows, dtype, backward)
+    visible = torch.arange(inputs.layout.num_tokens) <= inputs.rows[:, None]
+
+    def native(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return rankernel.token_attention_mass(query, key, inputs.layout, inputs.rows)
+
+    def pytorch(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return mass_in_pytorch(query, key, visible)
+
+    expected, work = inputs.expected(reference.token_attention_mass, pytorch), inputs.key_bytes
     rows_of_table = (
-        Implementation("rankernel", native, expected, work, native_op=OP),
-        Implementation("PyTorch logits and logsumexp", pytorch, expected, work),
-        Implementation("the same compiled", compiled, expected, work),
-        Implementation("SDPA lse per document", lambda: sdpa_logsumexp_per_document(inputs), expected, work),
+        Implementation("rankernel", lambda: inputs.call(native), expected, work, native_op=OP),
+        Implementation("PyTorch softmax and mean", lambda: inputs.call(pytorch), expected, work),
+        Implementation("the same compiled", lambda: inputs.call(_compiled(pytorch)), expected, work),
     )
     return Problem(rows_of_table, unit="B")
 
 
-def mass_problem(lengths: Lengths, heads: tuple[int, int, int], rows: int, dtype: torch.dtype) -> Problem:
-    """token_attention_mass and its peers."""
-    inputs = Inputs(lengths, heads, rows, dtype)
-    expected, work = inputs.expected(reference.token_attention_mass), inputs.key_bytes
-    visible = torch.arange(inputs.layout.num_tokens) <= inputs.rows[:, None]
-
-    def native() -> Call:
-        return partial(rankernel.token_attention_mass, inputs.query, inputs.key, inputs.layout, inputs.rows)
-
-    rows_of_table = (
-        Implementation("rankernel", native, expected, work, native_op=OP),
-        Implementation(
-            "PyTorch softmax and mean", lambda: partial(mass_in_pytorch, inputs.query, inputs.key, visible),
-            expected, work,
-        ),
-        Implementation(
-            "the same compiled", lambda: _compiled(mass_in_pytorch, inputs.query, inputs.key, visible), expected, work
-        ),
-    )  # fmt: skip
-    return Problem(rows_of_table, unit="B")
-
-
 def _case(
-    problem: Callable[[Lengths, tuple[int, int, int], int, torch.dtype], Problem],
+    problem: Callable[[Lengths, tuple[int, int, int], int, bool, torch.dtype], Problem],
     name: str,
     lengths: Lengths,
     heads: tuple[int, int, int],
     rows: int,
     seconds: float = 3.0,
     default: bool = False,
+    backward: bool = False,
 ) -> Case:
     shape = f"{in_words(BlockLayout.from_lengths([lengths]), *heads)}, {rows} query rows"
-    return Case(name, shape, partial(problem, lengths, heads, rows), seconds=seconds, default=default)
+    shape += ", forward and backward" * backward
+    return Case(name, shape, partial(problem, lengths, heads, rows, backward), seconds=seconds, default=default)
 
 
 QWEN3_HEADS = (16, 8, 128)
@@ -176,4 +217,6 @@ CASES = (
     _case(mass_problem, "tiny-mass", TINY, (4, 2, 16), 3, seconds=0.1),
     _case(logsumexp_problem, "logsumexp-100-documents", ranking_list(100), QWEN3_HEADS, 2, default=True),
     _case(mass_problem, "mass-100-documents", ranking_list(100), QWEN3_HEADS, 24, default=True),
+    _case(logsumexp_problem, "logsumexp-30-documents-backward", ranking_list(30), QWEN3_HEADS, 2, backward=True),
+    _case(mass_problem, "mass-30-documents-backward", ranking_list(30), QWEN3_HEADS, 24, backward=True),
 )

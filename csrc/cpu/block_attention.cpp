@@ -5,8 +5,6 @@
 
 #include "../block_attention.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <vector>
 
@@ -22,15 +20,6 @@ constexpr int64_t kTasksPerCall = 256;  // aimed at
 constexpr int64_t kMinTaskTokens = 256, kMaxTaskTokens = 2048;
 
 int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
-
-// Large fresh buffers cost one page fault per 4 KiB on first touch, 15 % of a call at 10,000 tokens; with huge pages
-// the kernel clears 2 MiB at a time.
-void advise_huge_pages(void* data, size_t bytes) {
-  constexpr uintptr_t kHugePage = 2 << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHugePage * kHugePage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-}
 
 struct Work {
   std::vector<RowSpan> spans;

@@ -6,6 +6,7 @@ namespace rankernel::avx2 {
 namespace {
 #include "simd/avx2.h"
 #include "simd/tile.h"
+#include "block_attention_backward_kernel.h"
 #include "block_attention_kernel.h"
 }  // namespace
 

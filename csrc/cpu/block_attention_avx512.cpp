@@ -6,6 +6,7 @@ namespace rankernel::avx512 {
 namespace {
 #include "simd/avx512.h"
 #include "simd/tile.h"
+#include "block_attention_backward_kernel.h"
 #include "block_attention_kernel.h"
 }  // namespace
 

@@ -8,6 +8,7 @@ namespace {
 #include "simd/tile.h"
 #include "simd/bf16_pairs.h"
 #include "simd/dot_panels.h"
+#include "block_attention_backward_kernel.h"
 #include "block_attention_kernel.h"
 }  // namespace
 

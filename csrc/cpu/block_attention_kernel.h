@@ -156,5 +156,16 @@ struct BlockAttention {
     }
   }
 
-  static AttentionKernels kernels() { return {Panels::kStoredRows, kColumns, scratch_bytes, run_task, run_tail}; }
+  static AttentionKernels kernels() {
+    using Backward = BlockAttentionBackward<Panels, T>;
+    return {Panels::kStoredRows,
+            kColumns,
+            scratch_bytes,
+            run_task,
+            run_tail,
+            Backward::scratch_bytes,
+            Backward::row_deltas,
+            Backward::run_documents,
+            Backward::run_ends};
+  }
 };

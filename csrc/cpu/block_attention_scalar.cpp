@@ -4,6 +4,7 @@ namespace rankernel::scalar {
 namespace {
 #include "simd/scalar.h"
 #include "simd/tile.h"
+#include "block_attention_backward_kernel.h"
 #include "block_attention_kernel.h"
 }  // namespace
 

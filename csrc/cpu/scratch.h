@@ -2,12 +2,23 @@
 #pragma once
 
 #include <omp.h>
+#include <sys/mman.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <new>
 
 namespace rankernel {
+
+// Large fresh buffers cost one page fault per 4 KiB on first touch, 15 % of a call at 10,000 tokens; with huge pages
+// the kernel clears 2 MiB at a time.
+inline void advise_huge_pages(void* data, size_t bytes) {
+  constexpr uintptr_t kHugePage = 2 << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+}
 
 class Scratch {
  public:

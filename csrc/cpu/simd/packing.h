@@ -20,19 +20,32 @@ struct Columns {
   int64_t token(int64_t column) const {
     return column < prefix_length ? prefix_begin + column : own_begin + column - prefix_length;
   }
+  template <class T>
+  const T* row(const TokenHeads& tensor, int64_t head, int64_t column) const {
+    return row_of<T>(tensor, token(column), head);
+  }
+};
+
+// The rows (token, query head of a KV head's group), token-major from token `begin` on.
+struct GroupRows {
+  int64_t begin, group;
+  template <class T>
+  T* row(const TokenHeads& tensor, int64_t kv_head, int64_t r) const {
+    return const_cast<T*>(row_of<T>(tensor, begin + r / group, kv_head * group + r % group));
+  }
 };
 
 // Keys [begin, end) as panels of `depth` x kColumns, zero beyond `end` and beyond head_size; begin is rounded down to a
 // whole panel. Blocks of kWidth keys x kWidth 32-bit units (one float32, or a pair of bfloat16) are transposed.
-template <class Panels, class T>
-void pack_keys(const TokenHeads& key, int64_t head, int64_t head_size, const Columns& columns, int64_t begin,
-               int64_t end, int64_t depth, typename Panels::Element* panels) {
+template <class Panels, class T, class Run>
+void pack_keys(const TokenHeads& key, int64_t head, int64_t head_size, const Run& columns, int64_t begin, int64_t end,
+               int64_t depth, typename Panels::Element* panels) {
   for (int64_t first = round_down(begin, kColumns); first < end; first += kColumns) {
     for (int v = 0; v < kVectors; ++v) {
       const T* rows[kWidth];
       for (int i = 0; i < kWidth; ++i) {
         const int64_t column = first + v * kWidth + i;
-        rows[i] = column < end ? row_of<T>(key, columns.token(column), head) : nullptr;
+        rows[i] = column < end ? columns.template row<T>(key, head, column) : nullptr;
         if (rows[i]) prefetch_row(rows[i] + kPrefetchTokens * key.token_stride, head_size);
       }
       typename Panels::Element* panel = panels + first * depth + v * kWidth * Panels::kPair;
@@ -52,15 +65,15 @@ void pack_keys(const TokenHeads& key, int64_t head, int64_t head_size, const Col
 
 // Values [begin, end) as panels of keys x kColumns head elements, `panel_stride` elements apart, zero for the
 // kDepthMultiple keys after `end`, which products may read; begin is rounded down to a pair.
-template <class Panels, class T>
-void pack_values(const TokenHeads& value, int64_t head, int64_t head_size, const Columns& columns, int64_t begin,
+template <class Panels, class T, class Run>
+void pack_values(const TokenHeads& value, int64_t head, int64_t head_size, const Run& columns, int64_t begin,
                  int64_t end, int64_t panel_stride, typename Panels::Element* panels) {
   constexpr int kPair = Panels::kPair;
   const int64_t padded = round_up(end, kPair) + Panels::kDepthMultiple;
   for (int64_t column = round_down(begin, kPair); column < padded; column += kPair) {
     const T* rows[kPair];
     for (int i = 0; i < kPair; ++i) {
-      rows[i] = column + i < end ? row_of<T>(value, columns.token(column + i), head) : nullptr;
+      rows[i] = column + i < end ? columns.template row<T>(value, head, column + i) : nullptr;
       if (rows[i]) prefetch_row(rows[i] + kPrefetchTokens * value.token_stride, head_size);
     }
     for (int64_t element = 0; element < head_size; element += kColumns) {

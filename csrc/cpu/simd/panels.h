@@ -36,7 +36,8 @@ struct FloatPanels {
                        int64_t columns, bool accumulate);
 };
 
-// One product of exactly R rows and V of the kVectors vectors of a panel, all accumulators in registers.
+// One product of exactly R rows and V of the kVectors vectors of a panel, all accumulators in registers. What is there
+// is added last: sums over many products are sums of partial sums, whose error grows more slowly.
 template <class Panels, int R, int V, int kStride>
 inline void multiply_rows(const typename Panels::Element* a, const typename Panels::Element* b, int64_t depth, float* c,
                           int64_t c_stride, bool accumulate) {
@@ -44,7 +45,7 @@ inline void multiply_rows(const typename Panels::Element* a, const typename Pane
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) sum[r][v] = accumulate ? load(c + r * c_stride + v * kWidth) : zero();
+    for (int v = 0; v < V; ++v) sum[r][v] = zero();
   for (int64_t k = 0; k < depth; k += Panels::kPair) {
     typename Panels::Operand columns[V];
 #pragma GCC unroll 4
@@ -59,7 +60,10 @@ inline void multiply_rows(const typename Panels::Element* a, const typename Pane
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store(c + r * c_stride + v * kWidth, sum[r][v]);
+    for (int v = 0; v < V; ++v) {
+      float* const to = c + r * c_stride + v * kWidth;
+      store(to, accumulate ? add(load(to), sum[r][v]) : sum[r][v]);
+    }
 }
 
 // 1 <= rows <= R; writes at least `columns` of the panel's columns.

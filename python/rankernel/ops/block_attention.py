@@ -16,7 +16,7 @@ _ARGUMENTS = (
 )
 _checks.LIBRARY.define(f"block_attention({_ARGUMENTS}) -> (Tensor, Tensor)")
 _checks.LIBRARY.define(
-    "block_attention_backward(Tensor grad_out, Tensor grad_lse, Tensor lse, "
+    "block_attention_backward(Tensor grad_out, Tensor grad_lse, Tensor out, Tensor lse, "
     f"{_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -115,9 +115,36 @@ def _forward(
     query, key, value = (_checks.rows_contiguous(tensor) for tensor in (query, key, value))
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = torch.empty(query.shape[:2], dtype=torch.float32)
-    if sinks is not None:
-        sinks = sinks.to(torch.float32).contiguous()
+    sinks = _native_sinks(sinks)
     status = _C.block_attention(
+        *_native_arguments(query, key, value, out, lse, cu_seqlens, list_offsets, sinks, causal, scale, window, softcap)
+    )
+    if status:
+        _checks.check_tokens(cu_seqlens, query=query)
+        _checks.check_status(status)
+    return out, lse
+
+
+def _native_sinks(sinks: torch.Tensor | None) -> torch.Tensor | None:
+    return None if sinks is None else sinks.to(torch.float32).contiguous()
+
+
+def _native_arguments(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    list_offsets: torch.Tensor,
+    sinks: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Any, ...]:
+    """What the native functions of both directions take. Addresses: the tensors must outlive the call."""
+    return (
         backends.isa_level(),
         _checks.NATIVE_DTYPES[query.dtype],
         _checks.address(query),
@@ -134,10 +161,6 @@ def _forward(
         window or 0,
         torch.get_num_threads(),
     )
-    if status:
-        _checks.check_tokens(cu_seqlens, query=query)
-        _checks.check_status(status)
-    return out, lse
 
 
 @torch.library.register_fake("rankernel::block_attention", lib=_checks.LIBRARY)
@@ -150,6 +173,7 @@ def _fake(query: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
 def _backward(
     grad_out: torch.Tensor,
     grad_lse: torch.Tensor,
+    out: torch.Tensor,
     lse: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -162,17 +186,39 @@ def _backward(
     window: int | None,
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    layout = _checks.layout_of(cu_seqlens, list_offsets, causal)
-    return reference.block_attention_backward(
-        grad_out, grad_lse, lse, query, key, value, layout,
-        scale=scale, window=window, softcap=softcap, sinks=sinks,
-    )  # fmt: skip
+    if backends.native_refused("block_attention", _checks.why_no_kernel(query)):
+        layout = _checks.layout_of(cu_seqlens, list_offsets, causal)
+        return reference.block_attention_backward(
+            grad_out, grad_lse, lse, query, key, value, layout,
+            scale=scale, window=window, softcap=softcap, sinks=sinks,
+        )  # fmt: skip
+    grad_out, out, query, key, value = map(_checks.rows_contiguous, (grad_out, out, query, key, value))
+    grad_lse, lse = grad_lse.contiguous(), lse.contiguous()
+    grad_query, grad_key, grad_value = (
+        torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (query, key, value)
+    )
+    wide_sinks = _native_sinks(sinks)
+    grad_sinks = query.new_empty(0) if wide_sinks is None else torch.empty_like(wide_sinks)
+    status = _C.block_attention_backward(
+        _checks.address(grad_out),
+        grad_lse.data_ptr(),
+        _checks.address(grad_query),
+        _checks.address(grad_key),
+        _checks.address(grad_value),
+        grad_sinks.data_ptr(),
+        *_native_arguments(
+            query, key, value, out, lse, cu_seqlens, list_offsets, wide_sinks, causal, scale, window, softcap
+        ),
+    )
+    _checks.check_status(status)
+    return grad_query, grad_key, grad_value, grad_sinks if sinks is None else grad_sinks.to(sinks.dtype)
 
 
 @torch.library.register_fake("rankernel::block_attention_backward", lib=_checks.LIBRARY)
 def _fake_backward(
     grad_out: torch.Tensor,
     grad_lse: torch.Tensor,
+    out: torch.Tensor,
     lse: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -188,7 +234,7 @@ def _fake_backward(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     query, key, value, cu_seqlens, list_offsets, sinks, *ctx.rest = inputs
-    ctx.save_for_backward(output[1], query, key, value, cu_seqlens, list_offsets, sinks)
+    ctx.save_for_backward(*output, query, key, value, cu_seqlens, list_offsets, sinks)
 
 
 def _autograd(ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

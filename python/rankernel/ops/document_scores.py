@@ -115,9 +115,47 @@ def _check(query: torch.Tensor, key: torch.Tensor, rows: torch.Tensor, cu_seqlen
     return rows.to(torch.int64).contiguous()
 
 
+def _run(
+    native: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    rows: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    list_offsets: torch.Tensor,
+    causal: bool,
+    max_documents: int,
+    scale: float,
+    softcap: float | None,
+    out: torch.Tensor,
+    *gradients: torch.Tensor,
+) -> None:
+    """Calls a kernel, which reads or writes ``out`` and the gradients: contiguous, in the order of the bindings."""
+    query, key = _checks.rows_contiguous(query), _checks.rows_contiguous(key)
+    status = native(
+        backends.isa_level(),
+        _checks.NATIVE_DTYPES[query.dtype],
+        _checks.address(query),
+        _checks.address(key),
+        rows.data_ptr(),
+        rows.numel(),
+        out.data_ptr(),
+        max_documents,
+        (cu_seqlens.data_ptr(), list_offsets.data_ptr(), cu_seqlens.numel() - 1, list_offsets.numel() - 1, causal),
+        key.shape[0],
+        (query.shape[1], key.shape[1], query.shape[2]),
+        scale,
+        softcap or 0.0,
+        torch.get_num_threads(),
+        *(gradient.data_ptr() for gradient in gradients),
+    )
+    if status:
+        _checks.check_tokens(cu_seqlens, key=key)
+        _checks.check_status(status, rows)
+
+
 def _implement(name: str, reference_forward: Any, reference_backward: Any, output_shape: Any) -> None:
     """Registers one of the two ops: implementation, fake, backward and autograd differ only in the given functions."""
-    native = getattr(_C, name)
+    native, native_backward = getattr(_C, name), getattr(_C, f"{name}_backward")
 
     def forward(
         query: torch.Tensor,
@@ -137,27 +175,8 @@ def _implement(name: str, reference_forward: Any, reference_backward: Any, outpu
                 _checks.check_status(_checks.BAD_ROWS, rows)
             layout = _checks.layout_of(cu_seqlens, list_offsets, causal)
             return reference_forward(query, key, layout, rows, scale=scale, softcap=softcap)
-        query, key = _checks.rows_contiguous(query), _checks.rows_contiguous(key)
         out = query.new_empty(output_shape(query, key, max_documents), dtype=torch.float32)
-        status = native(
-            backends.isa_level(),
-            _checks.NATIVE_DTYPES[query.dtype],
-            _checks.address(query),
-            _checks.address(key),
-            rows.data_ptr(),
-            rows.numel(),
-            out.data_ptr(),
-            max_documents,
-            (cu_seqlens.data_ptr(), list_offsets.data_ptr(), cu_seqlens.numel() - 1, list_offsets.numel() - 1, causal),
-            key.shape[0],
-            (query.shape[1], key.shape[1], query.shape[2]),
-            scale,
-            softcap or 0.0,
-            torch.get_num_threads(),
-        )
-        if status:
-            _checks.check_tokens(cu_seqlens, key=key)
-            _checks.check_status(status, rows)
+        _run(native, query, key, rows, cu_seqlens, list_offsets, causal, max_documents, scale, softcap, out)
         return out
 
     def fake(
@@ -186,8 +205,18 @@ def _implement(name: str, reference_forward: Any, reference_backward: Any, outpu
         scale: float,
         softcap: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        layout = _checks.layout_of(cu_seqlens, list_offsets, causal)
-        return reference_backward(grad, result, query, key, layout, rows, scale=scale, softcap=softcap)
+        rows = _check(query, key, rows, cu_seqlens)
+        if backends.native_refused(name, _checks.why_no_kernel(query)):
+            layout = _checks.layout_of(cu_seqlens, list_offsets, causal)
+            return reference_backward(grad, result, query, key, layout, rows, scale=scale, softcap=softcap)
+        grad, result = grad.contiguous(), result.contiguous()
+        grad_query = query.new_empty(query.shape, dtype=torch.float32)
+        grad_key = key.new_empty(key.shape)
+        _run(
+            native_backward, query, key, rows, cu_seqlens, list_offsets, causal, max_documents, scale, softcap,
+            result, grad, grad_query, grad_key,
+        )  # fmt: skip
+        return grad_query.to(query.dtype), grad_key
 
     def fake_backward(
         grad: torch.Tensor, result: torch.Tensor, query: torch.Tensor, key: torch.Tensor, *_: Any
