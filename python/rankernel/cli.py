@@ -1,4 +1,4 @@
-"""The command line: ``rankernel demo | rerank | info``."""
+"""The command line: ``rankernel demo | rerank | train | info``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import platform
 import re
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -48,12 +49,12 @@ _err = Console(stderr=True)
 
 
 @contextlib.contextmanager
-def _one_line_faults() -> Iterator[None]:
+def _one_line_faults(extra: str = "cli") -> Iterator[None]:
     try:
         yield
     except (FileError, ImportError) as fault:
         missing = fault.name if isinstance(fault, ModuleNotFoundError) else None
-        print(f'this needs {missing}: pip install "rankernel[cli]"' if missing else fault, file=sys.stderr)
+        print(f'this needs {missing}: pip install "rankernel[{extra}]"' if missing else fault, file=sys.stderr)
         raise typer.Exit(2) from None
 
 
@@ -102,18 +103,20 @@ def rerank(
     A bad file ends it with one line that names the file, the line and the fault, and with exit code 2. An interrupted
     run keeps its finished queries in OUTPUT.partial for --resume.
     """
+    if layer is not None and method != "blockrank":
+        raise typer.BadParameter(f"{method} has no scoring layer to choose", param_hint="--layer")
     with _one_line_faults():
         with _err.status("reading the files"):
             texts = run_files.read_queries(queries)
-            candidates = _read_candidates(run, queries, texts)
+            candidates = run_files.read_candidates(run, texts, queries)
             judged = run_files.read_qrels(qrels) if qrels else {}
-            before = run_files.effectiveness(judged, _scores(candidates)) if judged else {}
+            before = run_files.effectiveness(judged, run_scores(candidates)) if judged else {}
             contents = _read_contents(documents, run, candidates)
             settings: dict[str, str | int | None] = {
-                "--model": _fingerprint(model),
-                "--queries": _digest(queries),
-                "--documents": _digest(documents),
-                "--run": _digest(run),
+                "--model": fingerprint(model),
+                "--queries": digest(queries),
+                "--documents": digest(documents),
+                "--run": digest(run),
                 "--top-k": top_k,
                 "--method": method,
                 "--layer": layer,
@@ -121,7 +124,7 @@ def rerank(
         expected = {query: min(len(found), top_k or len(found)) for query, found in candidates.items()}
         with contextlib.closing(run_files.ResumableRun(output, settings, expected, resume)) as writer:
             with _err.status("loading the model"):
-                reranker = _load(model, method, {} if layer is None else {"layer": layer})
+                reranker = load_reranker(model, method, {} if layer is None else {"layer": layer})
             resumed = len(writer.finished)
             begin = time.perf_counter()
             try:
@@ -147,38 +150,49 @@ def rerank(
         if len(texts) > len(candidates):
             _out.print(f"{len(texts) - len(candidates)} queries have no candidates in {run}")
         if judged:
-            after = run_files.effectiveness(judged, _scores(run_files.read_run(output)))
+            after = run_files.effectiveness(judged, run_scores(run_files.read_run(output)))
             _out.print(f"{len(judged)} judged queries")
             _out.print(effectiveness_table({"first stage": before, "reranked": after}))
 
 
-def _scores(run: Mapping[str, list[run_files.Candidate]]) -> dict[str, dict[str, float]]:
+@app.command()
+def train(
+    config: Annotated[Path, typer.Option(help="A YAML file; docs/train.md lists its keys.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")] = False,
+) -> None:
+    """Train a reranker on lists of documents.
+
+    A bad config ends it with one line that names the file, the key and the fault, and with exit code 2. A run that was
+    stopped, killed even, goes on from its last checkpoint with --resume, as if nothing had happened.
+    """
+    with _one_line_faults("train"):
+        from rankernel.training.run import Interrupted, run_training
+
+        try:
+            run_training(_out, config, resume=resume)
+        except Interrupted as interrupted:
+            print(interrupted, file=sys.stderr)
+            raise typer.Exit(130) from None
+
+
+def run_scores(run: Mapping[str, list[run_files.Candidate]]) -> dict[str, dict[str, float]]:
+    """Score by document id, by query id."""
     return {query: {row.document_id: row.score for row in found} for query, found in run.items()}
-
-
-def _read_candidates(run: Path, queries: Path, texts: Mapping[str, str]) -> dict[str, list[run_files.Candidate]]:
-    candidates = run_files.read_run(run)
-    for query, found in candidates.items():
-        if query not in texts:
-            raise FileError(run, min(candidate.line for candidate in found), f"query {query} is not in {queries}")
-    return candidates
 
 
 def _read_contents(documents: Path, run: Path, candidates: Mapping[str, list[run_files.Candidate]]) -> dict[str, str]:
     contents = run_files.read_documents(documents, {row.document_id for found in candidates.values() for row in found})
-    unknown = [row for found in candidates.values() for row in found if row.document_id not in contents]
-    if unknown:
-        first = min(unknown, key=lambda row: row.line)
-        raise FileError(run, first.line, f"document {first.document_id} is not in {documents}")
+    run_files.check_documents(run, candidates, contents, documents)
     return contents
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _fingerprint(model: str) -> str:
+def fingerprint(model: str) -> str:
     """What changes when another model is at the same place: names, sizes and times of its files."""
     if not Path(model).is_dir():
         return model
@@ -187,17 +201,21 @@ def _fingerprint(model: str) -> str:
     return hashlib.sha256("\n".join(listing).encode()).hexdigest()
 
 
-def _load(model: str, method: str, given: dict[str, Any]) -> Reranker:
+def load_reranker(model: str, method: str, given: Mapping[str, Any]) -> Reranker:
+    """The reranker of a method, without a word from the libraries below.
+
+    Raises:
+        FileError: there is no such model, or it or a setting is unfit.
+    """
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     if not Path(model).is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model):
         raise FileError(model, None, "no such directory")
-    if given and method != "blockrank":
-        raise typer.BadParameter(f"{method} has no scoring layer to choose", param_hint="--layer")
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     hub_logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
     try:
         reranker, settings = METHODS[method]
         return reranker.from_pretrained(model, **settings, **given)

@@ -11,7 +11,6 @@ another, and the processes take turns query by query, so that all meet the same 
 
 from __future__ import annotations
 
-import json
 import random
 import signal
 import statistics
@@ -189,25 +188,15 @@ def _falling(orders: Mapping[str, Sequence[str]]) -> dict[str, dict[str, float]]
 
 
 def _write_files(output: Path, task: _Task, rankings: Mapping[str, Ranking]) -> None:
-    ranked = {query_id: [(str(row.document_id), row.score) for row in rows] for query_id, rows in rankings.items()}
     bm25 = {
         query_id: list(zip(task.best(query_id), found.scores, strict=False))
         for query_id, found in task.candidates.items()
     }
-    pool = dict.fromkeys(document_id for query_id in task.queries for document_id in task.best(query_id))
-    lines = {
-        "queries.tsv": (f"{query_id}\t{text}\n" for query_id, text in task.queries.items()),
-        "documents.jsonl": (json.dumps({"id": name, "text": task.documents[name]}) + "\n" for name in pool),
-        "qrels.txt": (
-            f"{query_id} 0 {name} {grade}\n"
-            for query_id, grades in task.qrels.items()
-            for name, grade in grades.items()
-        ),
-        "bm25.trec": (run_files.run_lines(query_id, rows, tag="bm25") for query_id, rows in bm25.items()),
-        "run.trec": (run_files.run_lines(query_id, rows) for query_id, rows in ranked.items()),
-    }
-    for file, content in lines.items():
-        run_files.write_atomically(output / file, content)
+    pool = {name: task.documents[name] for query_id in task.queries for name in task.best(query_id)}
+    run_files.write_task(output, task.queries, pool, task.qrels, bm25)
+    ranked = {query_id: [(str(row.document_id), row.score) for row in rows] for query_id, rows in rankings.items()}
+    lines = (run_files.run_lines(query_id, rows) for query_id, rows in ranked.items())
+    run_files.write_atomically(output / "run.trec", lines)
 
 
 def _measure_variants(

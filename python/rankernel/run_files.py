@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -113,14 +113,7 @@ def read_documents(path: str | Path, wanted: Collection[str] | None = None) -> d
     path = Path(path)
     documents: dict[str, str] = {}
     seen: set[str] = set()
-    for number, line in _lines(path):
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
-            raise FileError(path, number, f"expected a JSON object, got {_shortened(line)} ({reason})") from None
-        if not isinstance(row, dict):
-            raise FileError(path, number, f"expected a JSON object, got {_shortened(line)}")
+    for number, row in json_objects(path):
         identifier = _entry(path, number, row, "id", "_id")
         text = _entry(path, number, row, "text", "contents")
         title = row.get("title") or ""
@@ -131,8 +124,25 @@ def read_documents(path: str | Path, wanted: Collection[str] | None = None) -> d
             raise FileError(path, number, f"document {document_id} is there twice")
         seen.add(document_id)
         if wanted is None or document_id in wanted:
-            documents[document_id] = _encodable(path, number, f"{title} {text}" if title else text)
+            documents[document_id] = encodable(path, number, f"{title} {text}" if title else text)
     return documents
+
+
+def json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Number, from 1, and content of every line that is not blank.
+
+    Raises:
+        FileError: the file cannot be read, or has a line that is no JSON object.
+    """
+    for number, line in _lines(path):
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+            raise FileError(path, number, f"expected a JSON object, got {_shortened(line)} ({reason})") from None
+        if not isinstance(row, dict):
+            raise FileError(path, number, f"expected a JSON object, got {_shortened(line)}")
+        yield number, row
 
 
 def _entry(path: Path, number: int, row: dict[str, object], *names: str) -> object:
@@ -142,7 +152,12 @@ def _entry(path: Path, number: int, row: dict[str, object], *names: str) -> obje
     raise FileError(path, number, f"expected an entry {' or '.join(json.dumps(name) for name in names)}")
 
 
-def _encodable(path: Path, number: int, text: str) -> str:
+def encodable(path: Path, number: int, text: str) -> str:
+    """The same text.
+
+    Raises:
+        FileError: it holds half a surrogate pair, as JSON can write it, which no tokenizer takes.
+    """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -227,6 +242,32 @@ def _number(path: Path, number: int, text: str) -> float:
     return value
 
 
+def read_candidates(path: str | Path, queries: Mapping[str, str], queries_file: Path) -> dict[str, list[Candidate]]:
+    """:func:`read_run`, whose queries have to be among ``queries``.
+
+    Raises:
+        FileError: what :func:`read_run` refuses, or a query that is not in ``queries_file``.
+    """
+    candidates = read_run(path)
+    for query, found in candidates.items():
+        if query not in queries:
+            raise FileError(path, min(candidate.line for candidate in found), f"query {query} is not in {queries_file}")
+    return candidates
+
+
+def check_documents(
+    path: str | Path, candidates: Mapping[str, list[Candidate]], documents: Mapping[str, str], documents_file: Path
+) -> None:
+    """
+    Raises:
+        FileError: the run at ``path`` has a document that is not in ``documents_file``.
+    """
+    unknown = [row for found in candidates.values() for row in found if row.document_id not in documents]
+    if unknown:
+        first = min(unknown, key=lambda row: row.line)
+        raise FileError(path, first.line, f"document {first.document_id} is not in {documents_file}")
+
+
 def run_lines(query_id: str, ranked: Sequence[tuple[str, float]], tag: str = "rankernel") -> str:
     """Lines of a TREC run for one query.
 
@@ -244,6 +285,33 @@ def run_lines(query_id: str, ranked: Sequence[tuple[str, float]], tag: str = "ra
         previous = min(np.float32(score), np.nextafter(previous, np.float32(-np.inf)))
         lines.append(f"{query_id} Q0 {document_id} {rank} {previous:.9g} {tag}\n")
     return "".join(lines)
+
+
+def write_task(
+    folder: Path,
+    queries: Mapping[str, str],
+    documents: Mapping[str, str],
+    qrels: Mapping[str, Mapping[str, int]],
+    run: Mapping[str, Sequence[tuple[str, float]]],
+) -> None:
+    """Writes ``queries.tsv``, ``documents.jsonl``, ``qrels.txt`` and the first stage's ``bm25.trec``.
+
+    Args:
+        folder: made if it is not there.
+        queries: text by query id.
+        documents: text by document id.
+        qrels: grade by document id, by query id.
+        run: document id and score, best first, by query id.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = {
+        "queries.tsv": (f"{query}\t{text}\n" for query, text in queries.items()),
+        "documents.jsonl": (json.dumps({"id": name, "text": text}) + "\n" for name, text in documents.items()),
+        "qrels.txt": (f"{query} 0 {name} {grade}\n" for query, of in qrels.items() for name, grade in of.items()),
+        "bm25.trec": (run_lines(query, ranked, tag="bm25") for query, ranked in run.items()),
+    }
+    for file, content in lines.items():
+        write_atomically(folder / file, content)
 
 
 def effectiveness(qrels: Mapping[str, Mapping[str, int]], run: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

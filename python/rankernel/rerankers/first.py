@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rankernel.rerankers.prompted import PromptReranker, Steps
+from rankernel.rerankers.prompted import PromptReranker, Steps, tokenize
 from rankernel.rerankers.prompts import around_user_turn
 from rankernel.rerankers.protocol import ListScores
 
@@ -31,6 +32,36 @@ SUFFIX = (
     "Only respond with the ranking results, do not say any word or explain."
 )
 """The published wording (METHODS.md section 3.1); a line ``[A] passage`` for each passage goes between the two."""
+
+
+@dataclass(frozen=True)
+class FirstSettings:
+    """How a model reads lists; see :class:`FIRST`."""
+
+    window: int | None = 20
+    step: int = 10
+    max_document_tokens: int | None = 384
+
+
+def around_passages(tokenizer: Any) -> tuple[str, str]:
+    """What the chat template puts before and after the request, the beginning ``[`` of the answer included."""
+    return around_user_turn(tokenizer, "[", system=SYSTEM)
+
+
+def window_prompt(tokenizer: Any, around: tuple[str, str], query: str, passages: Sequence[str]) -> list[int]:
+    """Token ids of the prompt of one window, up to and including the answer's ``[``.
+
+    Args:
+        tokenizer: a Transformers tokenizer.
+        around: from :func:`around_passages`.
+        query: text of the query.
+        passages: at most 26, cut already; ``[1]`` in a passage becomes ``(1)``, as it could be taken for an identifier.
+    """
+    before, after = around
+    shown = [re.sub(r"\[(\d+)\]", r"(\1)", passage) for passage in passages]
+    lines = "".join(f"[{letter}] {passage}\n" for letter, passage in zip(LETTERS, shown, strict=False))
+    fields = {"num": len(passages), "query": query}
+    return tokenize(tokenizer, before + PREFIX.format(**fields) + lines + SUFFIX.format(**fields) + after)
 
 
 def windows(num_documents: int, window: int, step: int) -> list[tuple[int, int]]:
@@ -84,32 +115,26 @@ class FIRST(PromptReranker):
             raise ValueError(f"window: expected 1 to {len(LETTERS)}, as there are letters, or None, got {window}")
         if window is not None and not 1 <= step <= window:
             raise ValueError(f"step: expected 1 to {window}, the window, got {step}")
-        self.window, self.step = window, step
+        self.settings = FirstSettings(window, step, max_document_tokens)
         self.use_candidates(LETTERS[:window])
-        self._around = around_user_turn(tokenizer, "[", system=SYSTEM)
+        self._around = around_passages(tokenizer)
 
     def steps(self, query: str, documents: Sequence[str]) -> Steps:
         """See :class:`PromptReranker`."""
-        if self.window is None and len(documents) > len(LETTERS):
+        if self.settings.window is None and len(documents) > len(LETTERS):
             raise ValueError(
                 f"documents: expected at most {len(LETTERS)} with window=None, as there are letters, "
                 f"got {len(documents)}"
             )
-        documents, truncated = self.cut(documents)
-        passages = [re.sub(r"\[(\d+)\]", r"(\1)", document) for document in documents]
+        passages, truncated = self.cut(documents)
         order = list(range(len(passages)))
         parts: list[Mapping[str, float]] = [{}] * len(passages)
-        window = self.window or len(passages)
-        for number, (begin, end) in enumerate(windows(len(passages), window, min(self.step, window))):
+        window = self.settings.window or len(passages)
+        for number, (begin, end) in enumerate(windows(len(passages), window, min(self.settings.step, window))):
             read = order[begin:end]
-            logits = yield [[self._prompt(query, [passages[index] for index in read])]]
+            shown = [passages[index] for index in read]
+            logits = yield [[window_prompt(self.tokenizer, self._around, query, shown)]]
             for letter, (index, logit) in enumerate(zip(read, logits[0].tolist(), strict=False)):
                 parts[index] = {"logit": logit, "window": float(number), "letter": float(letter)}
             order[begin:end] = sorted(read, key=lambda index: -parts[index]["logit"])
         return ListScores((-1.0 - np.argsort(order)).tolist(), truncated, parts)
-
-    def _prompt(self, query: str, passages: Sequence[str]) -> list[int]:
-        before, after = self._around
-        lines = "".join(f"[{letter}] {passage}\n" for letter, passage in zip(LETTERS, passages, strict=False))
-        fields = {"num": len(passages), "query": query}
-        return self.tokenize(before + PREFIX.format(**fields) + lines + SUFFIX.format(**fields) + after)

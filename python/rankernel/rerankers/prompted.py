@@ -123,20 +123,29 @@ class PromptReranker(ModelReranker):
         return (numbers if last == 1 else numbers.unflatten(0, (-1, last))).numpy()
 
     def tokenize(self, text: str | Sequence[str]) -> Any:
-        """Token ids of a text, or of several, without special tokens."""
-        texts = [text] if isinstance(text, str) else list(text)
-        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-        ids = self.tokenizer(texts, **options)["input_ids"] if texts else []
-        return ids[0] if isinstance(text, str) else ids
+        """See :func:`tokenize`."""
+        return tokenize(self.tokenizer, text)
 
     def cut(self, documents: Sequence[str]) -> tuple[list[str], list[bool]]:
-        """The documents with at most ``max_document_tokens`` tokens each, and whether that cut them."""
-        limit = self.max_document_tokens
-        if limit is None:
-            return list(documents), [False] * len(documents)
-        ids = self.tokenize(documents)
-        too_long = [len(tokens) > limit for tokens in ids]
-        return [
-            self.tokenizer.decode(tokens[:limit]) if cut else text
-            for text, tokens, cut in zip(documents, ids, too_long, strict=True)
-        ], too_long
+        """See :func:`cut`."""
+        return cut(self.tokenizer, documents, self.max_document_tokens)
+
+
+def tokenize(tokenizer: Any, text: str | Sequence[str]) -> Any:
+    """Token ids of a text, or of several, without special tokens."""
+    texts = [text] if isinstance(text, str) else list(text)
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    ids = tokenizer(texts, **options)["input_ids"] if texts else []
+    return ids[0] if isinstance(text, str) else ids
+
+
+def cut(tokenizer: Any, documents: Sequence[str], limit: int | None) -> tuple[list[str], list[bool]]:
+    """The documents with at most ``limit`` tokens each, and whether that cut them."""
+    if limit is None:
+        return list(documents), [False] * len(documents)
+    ids = tokenize(tokenizer, documents)
+    too_long = [len(tokens) > limit for tokens in ids]
+    return [
+        tokenizer.decode(tokens[:limit]) if shorten else text
+        for text, tokens, shorten in zip(documents, ids, too_long, strict=True)
+    ], too_long
