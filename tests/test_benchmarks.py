@@ -90,7 +90,7 @@ def test_list_names_every_op_and_runs_nothing() -> None:
 
 def test_block_attention(tmp_path: Path) -> None:
     output, rows = measure_tiny(
-        tmp_path, "--op", "block_attention", "--case", "tiny,call-overhead", "--impl", NOT_COMPILED
+        tmp_path, "--op", "block_attention", "--case", "tiny,tiny-backward,call-overhead", "--impl", NOT_COMPILED
     )
     check_structure(output, rows)
     matches = values(rows, "match", case="tiny")
@@ -99,6 +99,7 @@ def test_block_attention(tmp_path: Path) -> None:
         assert {name for _, other, name in matches if other == dtype} == right | {OTHER_MASK}
     assert {name for (_, _, name), match in matches.items() if match == "0"} == {OTHER_MASK}
     assert f"{OTHER_MASK}: no speed-up, its result is another one" in output
+    assert set(values(rows, "match", case="tiny-backward").values()) == {"1"}
     assert ("call-overhead", "float32", "rankernel") in values(rows, "python_overhead", peer="rankernel._C alone")
 
 
@@ -108,7 +109,10 @@ def test_document_scores(tmp_path: Path) -> None:
     check_structure(output, rows)
     assert set(values(rows, "match").values()) == {"1"}
     assert {(case, dtype) for case, dtype, _ in values(rows, "match")} == {
-        (case, dtype) for case in ("tiny-logsumexp", "tiny-mass") for dtype in ("float16", "float32")
+        (f"tiny-{op}{end}", dtype)
+        for op in ("logsumexp", "mass")
+        for end in ("", "-backward")
+        for dtype in ("float16", "float32")
     }
 
 
@@ -138,6 +142,7 @@ def test_model(tmp_path: Path) -> None:
     wrong = {name for (_, _, name), match in values(rows, "match").items() if match == "0"}
     assert wrong == {f"stock {OTHER_MASK}"}
     assert ("tiny-scores", "float32", "attached early exit") in values(rows, "speed_up", peer="stock SDPA dense mask")
+    assert ("tiny-step", "float32", "attached") in values(rows, "speed_up", peer="stock SDPA dense mask")
 
 
 def test_candidate_logits(tmp_path: Path) -> None:

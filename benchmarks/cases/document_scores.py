@@ -215,6 +215,8 @@ TINY = (8, [5, 1, 12], 4)
 CASES = (
     _case(logsumexp_problem, "tiny-logsumexp", TINY, (4, 2, 16), 2, seconds=0.1),
     _case(mass_problem, "tiny-mass", TINY, (4, 2, 16), 3, seconds=0.1),
+    _case(logsumexp_problem, "tiny-logsumexp-backward", TINY, (4, 2, 16), 2, seconds=0.1, backward=True),
+    _case(mass_problem, "tiny-mass-backward", TINY, (4, 2, 16), 3, seconds=0.1, backward=True),
     _case(logsumexp_problem, "logsumexp-100-documents", ranking_list(100), QWEN3_HEADS, 2, default=True),
     _case(mass_problem, "mass-100-documents", ranking_list(100), QWEN3_HEADS, 24, default=True),
     _case(logsumexp_problem, "logsumexp-30-documents-backward", ranking_list(30), QWEN3_HEADS, 2, backward=True),

@@ -1,6 +1,9 @@
-"""A Hugging Face model with and without rankernel attached: prefill, and document scores of one layer.
+"""A Hugging Face model with and without rankernel attached: prefill, document scores of one layer, training steps.
 
-The model has random weights in the configuration of Qwen3-0.6B, cut to 4 of its 28 layers, and no language-model head.
+The model has random weights in the configuration of Qwen3-0.6B, cut to 4 of its 28 layers. A training step is
+BlockRank's: forward, language-model loss of an answer's tokens plus the contrastive loss on the document scores,
+backward, and AdamW on all weights, with a learning rate of 0, so that every step is the same. Only steps have a
+language-model head, on the answer's rows; it shares the embedding's weights.
 """
 
 from __future__ import annotations
@@ -12,15 +15,20 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from cases.document_scores import document_index, logsumexp_in_pytorch
+from cases.lora_linear import Results, expected_of
 from measure import Call, Case, Expected, Implementation, Problem
 from rankernel import BlockLayout, models
+from rankernel.training import document_scores_from_logsumexp
 from workloads import attention_flops, in_words, ranking_list, visible_pairs
 
 Lengths = tuple[int, list[int], int]
 OP = "block_attention"
 SIGNAL_ROWS = 2  # BlockRank scores by the last two tokens
+ANSWER_TOKENS = 3
+Forward = Callable[[], tuple[torch.Tensor, torch.Tensor]]  # hidden states [T, hidden] and log-sum-exp of the documents
 
 
 @dataclass(frozen=True)
@@ -146,16 +154,22 @@ def stock_scores(
         model.to(dtype)
     if early_exit:
         model.layers = model.layers[: inputs.shape.layer + 1]
+    forward = stock_forward(inputs, model, causal)
+    return lambda: forward()[1]
+
+
+def stock_forward(inputs: Inputs, model: Any, causal: bool = False) -> Forward:
+    """Hidden states and document log-sum-exp of stock SDPA."""
     captured = _capture(model, inputs.shape.layer)
     arguments = stock_arguments(inputs, causal)
     index, valid = document_index(inputs.layout)
     rows = inputs.rows
 
-    def call() -> torch.Tensor:
-        model(**arguments)
+    def call() -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = model(**arguments).last_hidden_state[0]
         query, key = (tensor[0].transpose(0, 1) for tensor in captured)
         captured.clear()
-        return logsumexp_in_pytorch(query[rows], key, index, valid)
+        return hidden, logsumexp_in_pytorch(query[rows], key, index, valid)
 
     return call
 
@@ -182,9 +196,65 @@ def _capture(model: Any, layer: int) -> list[torch.Tensor]:
 
 def attached_scores(inputs: Inputs) -> Call:
     """All layers of the attached model, scores on the way: [rows, Hq, documents]."""
+    forward = attached_forward(inputs, inputs.attached)
+    return lambda: forward()[1]
+
+
+def attached_forward(inputs: Inputs, model: Any) -> Forward:
+    """Hidden states and document log-sum-exp of an attached model."""
     request = models.ScoreRequest([inputs.shape.layer], inputs.rows)
     arguments = models.model_inputs(inputs.input_ids, inputs.layout, scores=request)
-    return lambda: inputs.attached(**arguments).attentions[0]
+
+    def call() -> tuple[torch.Tensor, torch.Tensor]:
+        outputs = model(**arguments)
+        return outputs.last_hidden_state[0], outputs.attentions[0]
+
+    return call
+
+
+def training_step(inputs: Inputs, attached: bool, dtype: torch.dtype | None = None) -> Results:
+    """A step of a copy of the model; gradients of the matrices that make queries, keys and values, layer by layer."""
+    model = copy.deepcopy(inputs.stock).to(dtype or inputs.dtype).train()
+    if attached:
+        models.attach(model)
+    forward = attached_forward(inputs, model) if attached else stock_forward(inputs, model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    answer_rows = inputs.layout.tail_positions(last=ANSWER_TOKENS)
+    answer_ids = inputs.input_ids[0, :ANSWER_TOKENS]
+    relevant = torch.zeros(1, dtype=torch.long)
+
+    def call() -> tuple[torch.Tensor, ...]:
+        with torch.enable_grad():
+            hidden, logsumexp = forward()
+            logits = F.linear(hidden[answer_rows], model.embed_tokens.weight)
+            scores = document_scores_from_logsumexp(logsumexp, 1) / 0.05
+            loss = F.cross_entropy(logits.float(), answer_ids) + 0.1 * F.cross_entropy(scores, relevant)
+            loss.backward()
+        matrices = [
+            projection.weight
+            for layer in model.layers
+            for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)
+        ]
+        gradients = tuple(matrix.grad for matrix in matrices)
+        optimizer.step()
+        optimizer.zero_grad()
+        return gradients
+
+    return call
+
+
+def training_problem(lengths: Lengths, shape: Shape, dtype: torch.dtype) -> Problem:
+    """Training steps of the attached model and of stock SDPA with the dense mask."""
+    inputs = Inputs(lengths, shape, dtype)
+    expected = expected_of(
+        lambda: training_step(inputs, False, inputs.wide)(), lambda: training_step(inputs, False)(), 3 * shape.layers
+    )
+    return Problem(
+        (
+            Implementation("attached", lambda: training_step(inputs, True), expected, native_op=OP),
+            Implementation("stock SDPA dense mask", lambda: training_step(inputs, False), expected),
+        )
+    )
 
 
 def early_exit_scores(inputs: Inputs) -> Call:
@@ -248,14 +318,25 @@ def _case(
 
 PREFILL = "Qwen3-0.6B prefill"
 SCORES = f"Qwen3-0.6B scores of layer {QWEN3_06B.layer}"
+STEP = f"Qwen3-0.6B training step, scores of layer {QWEN3_06B.layer}"
 TINY_LIST = (8, [5, 1, 12], 4)
 TINY_DTYPES = (torch.float32, torch.bfloat16)
 
 CASES = (
     _case(prefill_problem, "tiny", "Qwen3 prefill", TINY_LIST, TINY, TINY_DTYPES, seconds=0.1),
     _case(scores_problem, "tiny-scores", f"Qwen3 scores of layer {TINY.layer}", TINY_LIST, TINY, TINY_DTYPES, 0.1),
+    _case(
+        training_problem,
+        "tiny-step",
+        f"Qwen3 training step, scores of layer {TINY.layer}",
+        TINY_LIST,
+        TINY,
+        TINY_DTYPES,
+        0.1,
+    ),
     _case(prefill_problem, "20-documents", PREFILL, ranking_list(20), QWEN3_06B, default=True),
     _case(scores_problem, "20-documents-scores", SCORES, ranking_list(20), QWEN3_06B),
     _case(prefill_problem, "100-documents", PREFILL, ranking_list(100), QWEN3_06B),
     _case(scores_problem, "100-documents-scores", SCORES, ranking_list(100), QWEN3_06B),
+    _case(training_problem, "30-documents-step", STEP, (64, [160] * 30, 48), QWEN3_06B, seconds=40.0),
 )
