@@ -245,7 +245,7 @@ def config_of(work: Path, seed: int, steps: int) -> dict[str, Any]:
             "per_device_train_batch_size": 4,
             "bf16": True,
             "logging_steps": 50,
-            "eval_steps": 500,
+            "eval_steps": 750,
         },
     }
 
@@ -294,7 +294,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="directory of the run, about 300 MB")
     parser.add_argument("--output", type=Path, default=RANKER_DIRECTORY)
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--steps", type=int, default=9000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--heldout", action="store_true", help="evaluate the model in --output instead of training")
     arguments = parser.parse_args()

@@ -154,15 +154,16 @@ def test_relevance_of_nothing_is_zero_with_zero_gradient():
     assert not logsumexp.grad.isnan().any()
 
 
-@pytest.mark.parametrize("scheme", ["shared", "sequential"])
+@pytest.mark.parametrize(
+    ("pattern", "scheme"), [("block", "shared"), ("block", "sequential"), ("causal", "sequential")]
+)
 @pytest.mark.parametrize(
     "prompt", [BLOCKRANK, BLOCKRANK_QUERY_FREE, COMPACT], ids=["published", "query_free", "compact"]
 )
 @pytest.mark.parametrize("chat", [False, True], ids=["plain", "chat"])
-def test_scores_are_those_of_stock_attention_with_a_dense_mask(prompt, scheme, chat):
-    ranker = BlockRank(
-        tiny_model(), tiny_tokenizer(chat), layer=1, prompt=prompt, max_document_tokens=60, position_scheme=scheme
-    )
+def test_scores_are_those_of_stock_attention_with_a_dense_mask(prompt, pattern, scheme, chat):
+    settings = {"prompt": prompt, "max_document_tokens": 60, "position_scheme": scheme, "pattern": pattern}
+    ranker = BlockRank(tiny_model(), tiny_tokenizer(chat), layer=1, **settings)
     ours = scores_of(ranker.rank("how to read a file", DOCUMENTS))
     stock = StockBlockRank(ranker, all_layers=False)("how to read a file", DOCUMENTS)
     np.testing.assert_allclose(ours, stock, rtol=0, atol=2e-6)
@@ -170,9 +171,10 @@ def test_scores_are_those_of_stock_attention_with_a_dense_mask(prompt, scheme, c
     assert max(ours) > 1.2 * min(ours)
 
 
+@pytest.mark.parametrize("pattern", ["block", "causal"])
 @pytest.mark.parametrize("lengths", [(3, [2, 0, 5, 1], 4), (0, [3], 2), (5, [], 0), (2, [1, 1], 0)])
-def test_stock_mask_is_the_dense_mask_of_the_layout(lengths):
-    layout = BlockLayout.from_lengths([lengths])
+def test_stock_mask_is_the_dense_mask_of_the_layout(lengths, pattern):
+    layout = BlockLayout.from_lengths([lengths], pattern)
     mask = additive_mask(layout, torch.float32)[0, 0]
     assert torch.equal(mask == 0, layout.dense_mask())
     assert (mask[mask != 0] == torch.finfo(torch.float32).min).all()
@@ -316,6 +318,8 @@ def test_unfit_arguments_are_refused(ranker, tokenizer):
         BlockRank(tiny_model(), tokenizer, layer=3)
     with pytest.raises(ValueError, match="position_scheme: expected"):
         BlockRank(tiny_model(), tokenizer, layer=1, position_scheme="none")
+    with pytest.raises(ValueError, match="pattern: expected 'block' or 'causal', got 'dense'"):
+        BlockRank(tiny_model(), tokenizer, layer=1, pattern="dense")
 
 
 def test_a_query_too_long_for_the_positions_is_named(tokenizer):

@@ -215,6 +215,10 @@ class TestCollator:
         batch = RankingCollator(tiny_tokenizer(), settings)([RankingExample("a", ["read " * 50, "a"], [1, 0])])
         assert batch.layout.lengths[0][1][0] == 5
 
+    def test_the_pattern_is_that_of_the_settings(self) -> None:
+        settings = dataclasses.replace(SETTINGS, pattern="causal", position_scheme="sequential")
+        assert RankingCollator(tiny_tokenizer(), settings)(EXAMPLES).layout.causal
+
     def test_the_answer_is_the_best_label(self) -> None:
         examples = [RankingExample("a", ["b", "c", "d"], [1, 3, 3]), RankingExample("a", ["b", "c"], [0, 0])]
         batch = RankingCollator(tiny_tokenizer(), SETTINGS)(examples)

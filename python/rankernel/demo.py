@@ -291,7 +291,7 @@ class StockBlockRank:
         """Scores of all documents of one list."""
         settings = self.settings
         blocks = build_blocks(self.tokenizer, settings.prompt, query, documents, settings.max_document_tokens)
-        self.layout = BlockLayout.from_lengths([blocks.lengths])
+        self.layout = BlockLayout.from_lengths([blocks.lengths], settings.pattern)
         decoder = decoder_of(self.model)
         with models.early_exit(self.model, self.last_layer):
             decoder(
@@ -321,7 +321,7 @@ def additive_mask(layout: BlockLayout, dtype: torch.dtype) -> torch.Tensor:
     mask = torch.full((layout.num_tokens, layout.num_tokens), torch.finfo(dtype).min, dtype=dtype)
     for segments in layout.segments():
         for begin, end, role in segments:
-            end_of_seen = segments[0][1] if role == DOCUMENT else begin
+            end_of_seen = segments[0][1] if role == DOCUMENT and not layout.causal else begin
             mask[begin:end, segments[0][0] : end_of_seen] = 0
             mask[begin:end, begin:end].triu_(1)
     return mask[None, None]

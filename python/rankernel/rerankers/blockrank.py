@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from rankernel.layout import BlockLayout
+from rankernel.layout import BlockLayout, Pattern
 from rankernel.models import attach, layer_scores
 from rankernel.models.attach import decoder_of
 from rankernel.rerankers.loading import file_of, load, source_of
@@ -42,6 +42,7 @@ class BlockRankSettings:
         max_document_tokens: a document's block keeps its first so many tokens; 384 is the published evaluation's.
         tail_offset: position of the first tail token under shared positions.
         position_scheme: ``"shared"`` (every document starts where the prefix ends) or ``"sequential"``.
+        pattern: ``"block"``, or ``"causal"`` for documents that see those before them, plain in-context ranking.
     """
 
     layer: int
@@ -49,6 +50,7 @@ class BlockRankSettings:
     max_document_tokens: int = 384
     tail_offset: int = 16384
     position_scheme: PositionScheme = "shared"
+    pattern: Pattern = "block"
 
     @classmethod
     def read(cls, path: str | Path) -> BlockRankSettings:
@@ -101,6 +103,7 @@ class BlockRank(Reranker):
         max_document_tokens: longer blocks of documents keep their first so many tokens, and the result says so.
         tail_offset: position of the first tail token under shared positions.
         position_scheme: ``"shared"`` or ``"sequential"``.
+        pattern: ``"block"`` or ``"causal"``.
 
     Raises:
         ValueError: ``layer`` is not one of the model's, or an argument is out of range.
@@ -116,6 +119,7 @@ class BlockRank(Reranker):
         max_document_tokens: int = 384,
         tail_offset: int = 16384,
         position_scheme: PositionScheme = "shared",
+        pattern: Pattern = "block",
     ) -> None:
         num_layers = len(decoder_of(model).layers)
         if not 0 <= layer < num_layers:
@@ -124,10 +128,12 @@ class BlockRank(Reranker):
             raise ValueError(f"max_document_tokens: expected a positive integer, got {max_document_tokens}")
         if position_scheme not in ("shared", "sequential"):
             raise ValueError(f"position_scheme: expected 'shared' or 'sequential', got {position_scheme!r}")
+        if pattern not in ("block", "causal"):
+            raise ValueError(f"pattern: expected 'block' or 'causal', got {pattern!r}")
         attach(model)
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self.settings = BlockRankSettings(layer, prompt, max_document_tokens, tail_offset, position_scheme)
+        self.settings = BlockRankSettings(layer, prompt, max_document_tokens, tail_offset, position_scheme, pattern)
 
     @classmethod
     def from_pretrained(
@@ -140,6 +146,7 @@ class BlockRank(Reranker):
         max_document_tokens: int | None = None,
         tail_offset: int | None = None,
         position_scheme: PositionScheme | None = None,
+        pattern: Pattern | None = None,
         dtype: torch.dtype | Literal["auto"] = "auto",
         device: torch.device | str | None = None,
     ) -> BlockRank:
@@ -152,7 +159,7 @@ class BlockRank(Reranker):
             model: directory, name on the Hugging Face Hub, or a loaded Transformers model.
             layer: index from 0 of the scoring layer; has to be given where there is no ``rankernel.json``.
             tokenizer: by default the one saved with the model.
-            prompt, max_document_tokens, tail_offset, position_scheme: see :class:`BlockRankSettings`.
+            prompt, max_document_tokens, tail_offset, position_scheme, pattern: see :class:`BlockRankSettings`.
             dtype: type of the weights, by default the one they were saved in; not for a loaded model.
             device: where to run, by default where the model is loaded to; not for a loaded model.
 
@@ -169,6 +176,7 @@ class BlockRank(Reranker):
             "max_document_tokens": max_document_tokens,
             "tail_offset": tail_offset,
             "position_scheme": position_scheme,
+            "pattern": pattern,
         }
         settings.update({name: value for name, value in given.items() if value is not None})
         if "layer" not in settings:
@@ -223,7 +231,7 @@ class BlockRank(Reranker):
     def _shares_of_row(self, lists: list[PromptBlocks]) -> torch.Tensor:
         """Float32 [lists, signal rows, max_documents], means over heads; every list has at least one document."""
         settings, device = self.settings, decoder_of(self.model).device
-        layout = BlockLayout.from_lengths([blocks.lengths for blocks in lists]).to(device)
+        layout = BlockLayout.from_lengths([blocks.lengths for blocks in lists], settings.pattern).to(device)
         rows = layout.tail_positions(settings.prompt.signal_tokens)
         logsumexp = layer_scores(
             self.model,

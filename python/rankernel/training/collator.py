@@ -153,11 +153,10 @@ class RankingCollator(_Collator):
         settings: prompt and truncation, the same with which the model will rank.
     """
 
-    pattern = "block"
-
     def __init__(self, tokenizer: Any, settings: BlockRankSettings) -> None:
         self.tokenizer = tokenizer
         self.settings = settings
+        self.pattern = settings.pattern
 
     def pack(self, example: RankingExample) -> _PackedList:
         prompt = self.settings.prompt
