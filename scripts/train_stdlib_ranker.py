@@ -54,6 +54,8 @@ SHAPE = {
     "head_dim": 32,
 }
 VOCABULARY = 6144
+STD = 0.2
+"""Of the embedding."""
 EDITIONS = 4
 
 CLAUSE_END = re.compile(r"(?<=[.!?:;])\s+")
@@ -90,15 +92,21 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>")
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
-    """A Qwen3 that begins as a reader of the first stage's order and of equal tokens.
+def build_model(
+    tokenizer: PreTrainedTokenizerFast, seed: int, *, shape: Mapping[str, int] = SHAPE, layer: int = SETTINGS.layer
+) -> Qwen3ForCausalLM:
+    """A Qwen3 whose attention begins as a comparison of tokens.
 
     From Gaussian weights thousands of steps pass before equal tokens find each other. Here half of a layer's queries,
     and all of the scoring layer's, begin as its keys, so that a token attends to its like, and an attention's output
     begins as a mean of what it attends to, in the spirit of mimetic initialisation (arXiv 2305.09828). Three
-    coordinates of the residual stream begin with a meaning: 0 is constant, 1 marks numbers, 2 is higher for lower ones.
-    A head of the first layer carries coordinate 2 from a document's number to all its tokens, and the scoring layer's
-    last head dimension, which RoPE hardly turns, compares it with the constant.
+    coordinates of the residual stream have a meaning: 0 is constant, 1 marks numbers, 2 is higher for lower ones.
+
+    Args:
+        tokenizer: whose numbers up to 99 are tokens.
+        seed: of the weights.
+        shape: sizes in the names of ``Qwen3Config``.
+        layer: the scoring layer.
     """
     torch.manual_seed(seed)
     config = Qwen3Config(
@@ -109,53 +117,62 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausal
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=tokenizer.pad_token_id,
-        **SHAPE,
+        **shape,
     )
     model = Qwen3ForCausalLM(config)
-    std, gain, small, content = 0.2, 1.7, 0.1, 0.5
-    size, heads = config.head_dim, config.num_key_value_heads
-    group = config.num_attention_heads // heads
+    group = config.num_attention_heads // config.num_key_value_heads
     with torch.no_grad():
         model.model.norm.weight.fill_(0.05)  # logits of tied embeddings would be far too large
         embedding = model.get_input_embeddings().weight
-        embedding.normal_(0, std)
-        embedding[:, 0], embedding[:, 1:3] = 4 * std, 0
+        embedding.normal_(0, STD)
+        embedding[:, 0], embedding[:, 1:3] = 4 * STD, 0
         for number in range(100):
             (token,) = tokenizer(str(number))["input_ids"]
-            embedding[token, 1], embedding[token, 2] = 8 * std, (6 - 2 * math.log2(1 + number)) * std
-        for index, layer in enumerate(model.model.layers):
-            attention = layer.self_attn
-            for projection in (attention.k_proj, attention.v_proj):
-                torch.nn.init.orthogonal_(projection.weight)
-            keys = attention.k_proj.weight.view(heads, size, -1)
-            values = attention.v_proj.weight.view(heads, size, -1)
-            queries = attention.q_proj.weight.view(heads, group, size, -1)
+            embedding[token, 1], embedding[token, 2] = 8 * STD, (6 - 2 * math.log2(1 + number)) * STD
+        for index, decoder_layer in enumerate(model.model.layers):
+            attention = decoder_layer.self_attn
+            queries, keys, values = projections(attention, config)
+            torch.nn.init.orthogonal_(attention.k_proj.weight)
+            torch.nn.init.orthogonal_(attention.v_proj.weight)
             keys[..., :3] = queries[..., :3] = 0
-            copied = group if index == SETTINGS.layer else 1
-            queries[:, :copied] = keys[:, None]
-            attention.o_proj.weight.copy_(values[:, None].expand(-1, group, -1, -1).flatten(0, 2).T * small)
+            queries[:, : group if index == layer else 1] = keys[:, None]
+            attention.o_proj.weight.copy_(values[:, None].expand(-1, group, -1, -1).flatten(0, 2).T * 0.1)
             attention.o_proj.weight[:3] = 0
-            attention.q_norm.weight.fill_(gain)
-            attention.k_norm.weight.fill_(gain)
-            layer.mlp.down_proj.weight.mul_(small)
-            if index == 0:
-                _carry_numbers(attention, keys[0], queries[0], values[0], std)
-            if index == SETTINGS.layer:
-                keys *= content
-                queries *= content
-                keys[:, -1], queries[:, :, -1] = 0, 0
-                keys[:, -1, 2], queries[:, :, -1, 0] = 1, 1
+            attention.q_norm.weight.fill_(1.7)
+            attention.k_norm.weight.fill_(1.7)
+            decoder_layer.mlp.down_proj.weight.mul_(0.1)
     return model
 
 
-def _carry_numbers(attention: Any, keys: torch.Tensor, queries: torch.Tensor, values: torch.Tensor, std: float) -> None:
-    keys *= 0.1
-    queries *= 0.1
-    keys[-1], queries[:, -1], values[0] = 0, 0, 0
-    keys[-1, 1], queries[:, -1, 0], values[0, 2] = 1, 1, 1
-    for head in range(len(queries)):
-        attention.o_proj.weight[:, head * values.shape[0]] = 0
-        attention.o_proj.weight[2, head * values.shape[0]] = std / len(queries)
+def projections(attention: Any, config: Qwen3Config) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Views of the weights: queries [KV heads, group, head size, hidden], keys and values without the group."""
+    heads, size = config.num_key_value_heads, config.head_dim
+    queries = attention.q_proj.weight.view(heads, -1, size, config.hidden_size)
+    return queries, *(p.weight.view(heads, size, -1) for p in (attention.k_proj, attention.v_proj))
+
+
+def read_ranks(model: Qwen3ForCausalLM, layer: int = SETTINGS.layer) -> None:
+    """Lets :func:`build_model` begin with the first stage's order, which the numbers of the documents tell.
+
+    A head of the first layer carries coordinate 2 from a document's number to all its tokens, and the scoring layer's
+    last head dimension, which RoPE hardly turns, compares it with the constant.
+    """
+    first, scoring = (model.model.layers[index].self_attn for index in (0, layer))
+    with torch.no_grad():
+        queries, keys, values = projections(first, model.config)
+        queries, keys, values = queries[0], keys[0], values[0]
+        keys *= 0.1
+        queries *= 0.1
+        keys[-1], queries[:, -1], values[0] = 0, 0, 0
+        keys[-1, 1], queries[:, -1, 0], values[0, 2] = 1, 1, 1
+        for head in range(len(queries)):
+            first.o_proj.weight[:, head * len(values)] = 0
+            first.o_proj.weight[2, head * len(values)] = STD / len(queries)
+        queries, keys, _ = projections(scoring, model.config)
+        keys *= 0.5
+        queries *= 0.5
+        keys[:, -1], queries[:, :, -1] = 0, 0
+        keys[:, -1, 2], queries[:, :, -1, 0] = 1, 1
 
 
 def clauses_of(text: str, generator: random.Random) -> list[tuple[str, str]]:
@@ -209,19 +226,21 @@ def prepare(work: Path, seed: int) -> None:
     """Writes the tokenizer, the initial model and the training and validation data."""
     train, validation = load_stdlib("train"), load_stdlib("validation")
     tokenizer = train_tokenizer([*train.documents.values(), *train.queries.values()])
-    save(build_model(tokenizer, seed), tokenizer, work / "start")
+    model = build_model(tokenizer, seed)
+    read_ranks(model)
+    save(model, tokenizer, work / "start")
     write_task(work / "train", *training_task(train, random.Random(seed)))
     found = bm25_candidates(validation.queries, validation.documents, depth=DEPTH)
     run = {query: list(zip(best.document_ids, best.scores, strict=True)) for query, best in found.items()}
     write_task(work / "validation", validation.queries, validation.documents, validation.qrels, run)
 
 
-def save(model: Any, tokenizer: Any, folder: Path) -> None:
+def save(model: Any, tokenizer: Any, folder: Path, settings: BlockRankSettings = SETTINGS) -> None:
     """A model directory that ``BlockRank.from_pretrained`` reads."""
     model.save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
     tokenizer.save_pretrained(folder)
-    content = json.dumps({"method": "blockrank", **asdict(SETTINGS)}, indent=2) + "\n"
+    content = json.dumps({"method": "blockrank", **asdict(settings)}, indent=2) + "\n"
     (folder / SETTINGS_FILE).write_text(content, encoding="utf-8")
 
 
