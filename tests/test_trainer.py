@@ -279,3 +279,5 @@ def test_first(tmp_path: Path) -> None:
     trainer.save_model(str(tmp_path / "model"))
     saved = json.loads((tmp_path / "model" / "rankernel.json").read_text())
     assert saved == {"method": "first", "window": 6, "step": 3, "max_document_tokens": 50}
+    assert FIRST.from_pretrained(tmp_path / "model").settings == settings
+    assert FIRST.from_pretrained(tmp_path / "model", step=2).settings == FirstSettings(6, 2, 50)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from rankernel.rerankers.blockrank import SETTINGS_FILE
+from rankernel.rerankers.loading import file_of
 from rankernel.rerankers.prompted import PromptReranker, Steps, tokenize
 from rankernel.rerankers.prompts import around_user_turn
 from rankernel.rerankers.protocol import ListScores
@@ -118,6 +122,15 @@ class FIRST(PromptReranker):
         self.settings = FirstSettings(window, step, max_document_tokens)
         self.use_candidates(LETTERS[:window])
         self._around = around_passages(tokenizer)
+
+    @classmethod
+    def from_pretrained(cls, model: str | Path | PreTrainedModel, **options: Any) -> Self:
+        """See :meth:`ModelReranker.from_pretrained`; the model's ``rankernel.json`` may say more, if it is FIRST's."""
+        found = file_of(model, SETTINGS_FILE)
+        saved: dict[str, Any] = json.loads(Path(found).read_text(encoding="utf-8")) if found else {}
+        if saved.pop("method", None) == "first":
+            options = {**saved, **options}
+        return super().from_pretrained(model, **options)
 
     def steps(self, query: str, documents: Sequence[str]) -> Steps:
         """See :class:`PromptReranker`."""
