@@ -91,6 +91,7 @@ def train(work: Path, data: Path, tokenizer: Any, name: str, seed: int, steps: i
                 "max_steps": steps,
                 "per_device_train_batch_size": 8,
                 "bf16": True,
+                "torch_compile": True,
                 "logging_steps": 50,
                 "eval_steps": steps,
             },

@@ -44,11 +44,11 @@ PROMPT = BlockPrompt(
     answer="[",
     signal_tokens=12,
 )
-SETTINGS = BlockRankSettings(layer=2, prompt=PROMPT, max_document_tokens=96, tail_offset=256)
+SETTINGS = BlockRankSettings(layer=3, prompt=PROMPT, max_document_tokens=96, tail_offset=256)
 SHAPE = {
     "hidden_size": 192,
     "intermediate_size": 512,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 4,
     "num_attention_heads": 6,
     "num_key_value_heads": 3,
     "head_dim": 32,
@@ -263,6 +263,7 @@ def config_of(work: Path, seed: int, steps: int) -> dict[str, Any]:
             "max_steps": steps,
             "per_device_train_batch_size": 4,
             "bf16": True,
+            "torch_compile": True,
             "logging_steps": 50,
             "eval_steps": 750,
         },
@@ -313,7 +314,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="directory of the run, about 300 MB")
     parser.add_argument("--output", type=Path, default=RANKER_DIRECTORY)
-    parser.add_argument("--steps", type=int, default=9000)
+    parser.add_argument("--steps", type=int, default=12000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--heldout", action="store_true", help="evaluate the model in --output instead of training")
     arguments = parser.parse_args()
