@@ -33,8 +33,9 @@ from rankernel.models import ScoreRequest, model_inputs
 from rankernel.rerankers import BlockRank
 from rankernel.rerankers.blockrank import BlockRankSettings, relevance
 from rankernel.rerankers.prompts import build_blocks
+from rankernel.run_files import scores_in_order
 from rankernel.training.run import run_training
-from train_stdlib_ranker import PROMPT, SETTINGS, build_model, ndcg_at_10, prepare, save, train_tokenizer
+from train_stdlib_ranker import PROMPT, SETTINGS, build_model, ndcg_at_10, save, task_files, train_tokenizer, write_data
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 DEPTH = 20
@@ -72,16 +73,12 @@ def train(work: Path, data: Path, tokenizer: Any, name: str, seed: int, steps: i
     config = folder / "config.yaml"
     if not config.exists():
         save(build_model(tokenizer, seed, shape=SHAPE, layer=LAYER), tokenizer, folder / "start", settings)
-        names = {"queries": "queries.tsv", "documents": "documents.jsonl", "qrels": "qrels.txt", "run": "bm25.trec"}
-        files = {
-            split: {key: str(data / split / file) for key, file in names.items()} for split in ("train", "validation")
-        }
         content = {
             "model": "start",
             "output": "run",
             "seed": seed,
-            "train": {**files["train"], "documents_per_list": DEPTH, "hard_negatives": 0.7},
-            "validation": {**files["validation"], "depth": DEPTH, "limit": 100},
+            "train": {**task_files(data / "train"), "documents_per_list": DEPTH, "hard_negatives": 0.7},
+            "validation": {**task_files(data / "validation"), "depth": DEPTH, "limit": 100},
             "loss": BOTH | loss,
             "training": {
                 "learning_rate": 1e-3,
@@ -149,9 +146,8 @@ def study(work: Path, seeds: Sequence[int], steps: int) -> dict[str, dict[int, d
     """Results by model and how it ranked, by seed, by score."""
     data = work / "data"
     if not (data / "validation").exists():
-        prepare(data, 0)
-    train_corpus, corpus = load_stdlib("train"), load_stdlib("heldout")
-    tokenizer = train_tokenizer([*train_corpus.documents.values(), *train_corpus.queries.values()])
+        write_data(data, 0)
+    corpus, tokenizer = load_stdlib("heldout"), train_tokenizer()
     candidates = shuffled(bm25_candidates(corpus.queries, corpus.documents, depth=DEPTH))
     results: dict[str, dict[int, dict[str, float]]] = defaultdict(dict)
     for seed in seeds:
@@ -189,8 +185,7 @@ def write_table(path: Path, results: Mapping[str, Mapping[int, Mapping[str, floa
         query: found.document_ids
         for query, found in bm25_candidates(corpus.queries, corpus.documents, depth=DEPTH).items()
     }
-    falling = {query: {name: -float(rank) for rank, name in enumerate(ids)} for query, ids in candidates.items()}
-    bm25 = float(np.mean(list(ndcg_at_10(corpus.qrels, falling).values())))
+    bm25 = float(np.mean(list(ndcg_at_10(corpus.qrels, scores_in_order(candidates)).values())))
     rows = [f"| BM25 | {bm25:.3f} | |"]
     for how, by_seed in results.items():
         attention, token = (

@@ -16,7 +16,7 @@ import math
 import random
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from rankernel.corpus import Corpus, bm25_candidates, load_stdlib
 from rankernel.demo import RANKER_DIRECTORY
 from rankernel.rerankers import BlockPrompt, BlockRank
 from rankernel.rerankers.blockrank import SETTINGS_FILE, BlockRankSettings
-from rankernel.run_files import write_task
+from rankernel.run_files import scores_in_order, write_task
 from rankernel.training.run import run_training
 
 DEPTH = 50
@@ -61,8 +61,8 @@ EDITIONS = 4
 CLAUSE_END = re.compile(r"(?<=[.!?:;])\s+")
 
 
-def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Byte-pair encoding of lower-cased words.
+def train_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-pair encoding of the lower-cased words of the train split.
 
     Names are split at underscores and capitals, and punctuation other than square brackets is dropped, so that the
     words of a sentence and the parts of an identifier meet as equal tokens. Numbers up to 99 are tokens: documents are
@@ -87,8 +87,10 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
         initial_alphabet=list("abcdefghijklmnopqrstuvwxyz0123456789[]"),
         show_progress=False,
     )
+    corpus = load_stdlib("train")
     numbers = " ".join(map(str, range(100)))
-    tokenizer.train_from_iterator([*texts, *[numbers] * 2000], trainer)
+    texts = [*corpus.documents.values(), *corpus.queries.values(), *[numbers] * 2000]
+    tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>")
 
 
@@ -217,22 +219,23 @@ def training_task(corpus: Corpus, generator: random.Random) -> tuple[dict[str, s
                 qrels[f"c{key}"] = {key: 1}
         queries |= asked
         documents |= texts
-        for query, best in bm25_candidates(asked, texts, depth=DEPTH).items():
-            run[query] = list(zip(best.document_ids, best.scores, strict=True))
+        run |= {query: best.ranked for query, best in bm25_candidates(asked, texts, depth=DEPTH).items()}
     return queries, documents, qrels, run
 
 
-def prepare(work: Path, seed: int) -> None:
-    """Writes the tokenizer, the initial model and the training and validation data."""
-    train, validation = load_stdlib("train"), load_stdlib("validation")
-    tokenizer = train_tokenizer([*train.documents.values(), *train.queries.values()])
-    model = build_model(tokenizer, seed)
-    read_ranks(model)
-    save(model, tokenizer, work / "start")
-    write_task(work / "train", *training_task(train, random.Random(seed)))
-    found = bm25_candidates(validation.queries, validation.documents, depth=DEPTH)
-    run = {query: list(zip(best.document_ids, best.scores, strict=True)) for query, best in found.items()}
-    write_task(work / "validation", validation.queries, validation.documents, validation.qrels, run)
+def write_data(folder: Path, seed: int) -> None:
+    """Writes the training and validation data."""
+    write_task(folder / "train", *training_task(load_stdlib("train"), random.Random(seed)))
+    corpus = load_stdlib("validation")
+    found = bm25_candidates(corpus.queries, corpus.documents, depth=DEPTH)
+    run = {query: best.ranked for query, best in found.items()}
+    write_task(folder / "validation", corpus.queries, corpus.documents, corpus.qrels, run)
+
+
+def task_files(folder: Path | str) -> dict[str, str]:
+    """What ``write_task`` wrote to a folder, as ``rankernel train`` is told."""
+    names = {"queries": "queries.tsv", "documents": "documents.jsonl", "qrels": "qrels.txt", "run": "bm25.trec"}
+    return {key: f"{folder}/{name}" for key, name in names.items()}
 
 
 def save(model: Any, tokenizer: Any, folder: Path, settings: BlockRankSettings = SETTINGS) -> None:
@@ -244,16 +247,14 @@ def save(model: Any, tokenizer: Any, folder: Path, settings: BlockRankSettings =
     (folder / SETTINGS_FILE).write_text(content, encoding="utf-8")
 
 
-def config_of(work: Path, seed: int, steps: int) -> dict[str, Any]:
+def config_of(seed: int, steps: int) -> dict[str, Any]:
     """What ``rankernel train`` is told."""
-    names = {"queries": "queries.tsv", "documents": "documents.jsonl", "qrels": "qrels.txt", "run": "bm25.trec"}
-    files = {split: {key: f"{split}/{name}" for key, name in names.items()} for split in ("train", "validation")}
     return {
         "model": "start",
         "output": "run",
         "seed": seed,
-        "train": {**files["train"], "documents_per_list": DEPTH, "order": "run"},
-        "validation": {**files["validation"], "depth": DEPTH},
+        "train": {**task_files("train"), "documents_per_list": DEPTH, "order": "run"},
+        "validation": {**task_files("validation"), "depth": DEPTH},
         "loss": {"language_model": 0.05, "ranking_weight": 1.0, "score": "log_share"},
         "training": {
             "learning_rate": 5e-4,
@@ -293,9 +294,8 @@ def report_heldout(ranker: BlockRank) -> dict[str, Any]:
     }
     generator = random.Random(0)
     shuffled = {query: generator.sample(ids, len(ids)) for query, ids in first_stage.items()}
-    falling = {q: {d: -float(rank) for rank, d in enumerate(ids)} for q, ids in first_stage.items()}
     best = {q: {d: float(corpus.qrels[q].get(d, 0)) for d in ids} for q, ids in first_stage.items()}
-    ours, bm25 = per_query(ranker, corpus, first_stage), ndcg_at_10(corpus.qrels, falling)
+    ours, bm25 = per_query(ranker, corpus, first_stage), ndcg_at_10(corpus.qrels, scores_in_order(first_stage))
     difference = np.array([ours[query] - bm25[query] for query in corpus.queries])
     signs = np.random.default_rng(0).choice([-1.0, 1.0], (100_000, len(difference)))
     extreme = np.abs(signs @ difference) >= abs(difference.sum())
@@ -321,8 +321,12 @@ def main() -> None:
     if not arguments.heldout:
         config = arguments.work / "config.yaml"
         if not config.exists():
-            prepare(arguments.work, arguments.seed)
-            content = yaml.safe_dump(config_of(arguments.work, arguments.seed, arguments.steps), sort_keys=False)
+            tokenizer = train_tokenizer()
+            model = build_model(tokenizer, arguments.seed)
+            read_ranks(model)
+            save(model, tokenizer, arguments.work / "start")
+            write_data(arguments.work, arguments.seed)
+            content = yaml.safe_dump(config_of(arguments.seed, arguments.steps), sort_keys=False)
             config.write_text(content, encoding="utf-8")
         run_training(Console(), config, resume=True)
         trained = arguments.work / "run" / "model"

@@ -420,7 +420,8 @@ def test_numbers_of_a_config_are_what_people_mean(folder):
     assert config.training["learning_rate"] == 1e-4
     assert config.model == str(folder / "ranker")
     assert config.output == folder / "out"
-    assert config.train.queries == folder / "q.tsv"  # type: ignore[union-attr]
+    assert isinstance(config.train, TrainTask)
+    assert config.train.queries == folder / "q.tsv"
 
 
 def test_the_documented_example_is_a_config_and_every_key_is_documented(tmp_path):

@@ -49,6 +49,11 @@ class Candidates:
     document_ids: list[str]
     scores: list[float]
 
+    @property
+    def ranked(self) -> list[tuple[str, float]]:
+        """Document id and score, best first."""
+        return list(zip(self.document_ids, self.scores, strict=True))
+
 
 def load_stdlib(split: Split, directory: Path = STDLIB_DIRECTORY) -> Corpus:
     """Load one split of the bundled corpus.

@@ -177,21 +177,15 @@ def _show_effectiveness(console: Console, task: _Task, rankings: Mapping[str, Ra
         "BM25": bm25,
         "rankernel": {query_id: [str(row.document_id) for row in ranking] for query_id, ranking in rankings.items()},
     }
-    rows = {name: run_files.effectiveness(task.qrels, _falling(order)) for name, order in orders.items()}
+    rows = {
+        name: run_files.effectiveness(task.qrels, run_files.scores_in_order(order)) for name, order in orders.items()
+    }
     console.print(f"\n{len(task.queries)} held-out queries, the {DEPTH} best documents of BM25 in three orders")
     console.print(effectiveness_table(rows))
 
 
-def _falling(orders: Mapping[str, Sequence[str]]) -> dict[str, dict[str, float]]:
-    """Scores that have the given orders, free of ties."""
-    return {query_id: {name: -float(rank) for rank, name in enumerate(order)} for query_id, order in orders.items()}
-
-
 def _write_files(output: Path, task: _Task, rankings: Mapping[str, Ranking]) -> None:
-    bm25 = {
-        query_id: list(zip(task.best(query_id), found.scores, strict=False))
-        for query_id, found in task.candidates.items()
-    }
+    bm25 = {query_id: found.ranked[:DEPTH] for query_id, found in task.candidates.items()}
     pool = {name: task.documents[name] for query_id in task.queries for name in task.best(query_id)}
     run_files.write_task(output, task.queries, pool, task.qrels, bm25)
     ranked = {query_id: [(str(row.document_id), row.score) for row in rows] for query_id, rows in rankings.items()}

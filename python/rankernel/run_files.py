@@ -314,6 +314,11 @@ def write_task(
         write_atomically(folder / file, content)
 
 
+def scores_in_order(orders: Mapping[str, Sequence[str]]) -> dict[str, dict[str, float]]:
+    """Scores by document id, by query id, that have the given orders, free of ties."""
+    return {query: {name: -float(rank) for rank, name in enumerate(order)} for query, order in orders.items()}
+
+
 def effectiveness(qrels: Mapping[str, Mapping[str, int]], run: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """Mean nDCG@10 and MRR@10 over all judged queries, by ``ir-measures``.
 

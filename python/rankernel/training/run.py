@@ -14,6 +14,7 @@ What the directory holds::
 from __future__ import annotations
 
 import datetime
+import importlib
 import importlib.metadata
 import json
 import math
@@ -106,9 +107,8 @@ def run_training(console: Console, path: Path, *, resume: bool) -> None:
         Interrupted: Ctrl-C while training.
         ImportError: a package of the extra ``train`` is not installed.
     """
-    import matplotlib  # noqa: F401  so that it is not missed only after the work
-    from torch.utils.tensorboard import SummaryWriter  # noqa: F401
-
+    for needed_later in ("matplotlib", "torch.utils.tensorboard"):  # so that they are not missed only after the work
+        importlib.import_module(needed_later)
     console.quiet = os.environ.get("RANK", "0") != "0"  # torchrun sets it; one process speaks and writes for all
     config = read_config(path)
     output = config.output
@@ -215,10 +215,7 @@ def _build(console: Console, path: Path, config: Config) -> tuple[Any, dict[str,
     except ValueError as error:
         raise FileError(path, None, str(error).strip().splitlines()[0]) from None
     trainer.remove_callback(PrinterCallback)
-    falling = {
-        query: {name: -float(rank) for rank, name in enumerate(names)} for query, names in validation.candidates.items()
-    }
-    return trainer, run_files.effectiveness(validation.qrels, falling)
+    return trainer, run_files.effectiveness(validation.qrels, run_files.scores_in_order(validation.candidates))
 
 
 def _check_teacher(path: Path, config: Config, example: RankingExample) -> None:
