@@ -89,13 +89,20 @@ def test_chat_template_that_loses_the_turn_is_refused():
         build_blocks(tokenizer, COMPACT, "how?", ["one"])
 
 
-def test_long_documents_keep_their_first_tokens(tokenizer):
-    whole = build_blocks(tokenizer, COMPACT, "q", DOCUMENTS)
-    cut = build_blocks(tokenizer, COMPACT, "q", DOCUMENTS, max_document_tokens=12)
-    assert cut.truncated == [length > 12 for length in whole.lengths[1]]
-    assert cut.lengths[1] == [min(length, 12) for length in whole.lengths[1]]
-    begin, cut_begin = whole.lengths[0] + sum(whole.lengths[1][:2]), cut.lengths[0] + sum(cut.lengths[1][:2])
-    assert cut.input_ids[cut_begin : cut_begin + 12] == whole.input_ids[begin : begin + 12]
+def test_long_documents_lose_the_end_of_their_text(tokenizer):
+    closed = replace(COMPACT, document="\n[{index}] {text} [end of {index}]")
+    for ending, prompt in (("", COMPACT), (" [end of 2]", closed)):
+        whole = build_blocks(tokenizer, prompt, "q", DOCUMENTS)
+        cut = build_blocks(tokenizer, prompt, "q", DOCUMENTS, max_document_tokens=20)
+        assert cut.truncated == [length > 20 for length in whole.lengths[1]]
+        assert cut.truncated[2]
+        assert cut.lengths[1] == [min(length, 20) for length in whole.lengths[1]]
+        begin, cut_begin = whole.lengths[0] + sum(whole.lengths[1][:2]), cut.lengths[0] + sum(cut.lengths[1][:2])
+        end = tokenizer(ending, add_special_tokens=False)["input_ids"] if ending else []
+        expected = whole.input_ids[begin : begin + 20 - len(end)] + end
+        assert cut.input_ids[cut_begin : cut_begin + 20] == expected
+    shortest = build_blocks(tokenizer, closed, "q", DOCUMENTS, max_document_tokens=1)
+    assert shortest.lengths[1] == [1] * len(DOCUMENTS)
 
 
 @pytest.mark.parametrize(

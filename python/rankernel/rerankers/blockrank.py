@@ -39,7 +39,7 @@ class BlockRankSettings:
     Attributes:
         layer: index from 0 of the layer l* whose attention scores the documents.
         prompt: templates of the blocks.
-        max_document_tokens: a document's block keeps its first so many tokens; 384 is the published evaluation's.
+        max_document_tokens: the text of a document with a longer block is cut; 384 is the published evaluation's.
         tail_offset: position of the first tail token under shared positions.
         position_scheme: ``"shared"`` (every document starts where the prefix ends) or ``"sequential"``.
         pattern: ``"block"``, or ``"causal"`` for documents that see those before them, plain in-context ranking.
@@ -100,7 +100,7 @@ class BlockRank(Reranker):
         tokenizer: its tokenizer.
         layer: index from 0 of the layer l* whose attention scores the documents.
         prompt: templates of the blocks.
-        max_document_tokens: longer blocks of documents keep their first so many tokens, and the result says so.
+        max_document_tokens: the texts of documents with longer blocks are cut, and the result says so.
         tail_offset: position of the first tail token under shared positions.
         position_scheme: ``"shared"`` or ``"sequential"``.
         pattern: ``"block"`` or ``"causal"``.

@@ -123,7 +123,8 @@ def build_blocks(
         prompt: the templates.
         query: text of the query.
         documents: text of every document; an empty one is valid.
-        max_document_tokens: a document's block keeps its first so many tokens; None keeps all.
+        max_document_tokens: a longer block loses the end of the document's text, not that of the template, which tells
+            models where a document ends and which it was; None keeps all.
 
     Raises:
         TypeError: the query or a document is not a string, or ``documents`` is one.
@@ -137,13 +138,23 @@ def build_blocks(
     texts = [before + prompt.prefix.format(query=query)]
     texts += [prompt.document.format(index=index, text=text) for index, text in enumerate(documents)]
     texts += [prompt.tail.format(query=query) + after]
-    blocks: list[list[int]] = tokenizer(
-        texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
-    )["input_ids"]
+
+    def tokenize(texts: Sequence[str]) -> list[list[int]]:
+        options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
+        ids: list[list[int]] = tokenizer(texts, **options, verbose=False)["input_ids"]
+        return ids
+
+    blocks = tokenize(texts)
     if len(blocks[-1]) < prompt.signal_tokens:
         raise ValueError(f"signal_tokens: expected at most {len(blocks[-1])}, the tail, got {prompt.signal_tokens}")
-    truncated = [max_document_tokens is not None and len(block) > max_document_tokens for block in blocks[1:-1]]
-    blocks[1:-1] = [block[:max_document_tokens] for block in blocks[1:-1]]
+    truncated = [False] * len(documents)
+    if max_document_tokens is not None:
+        truncated = [len(block) > max_document_tokens for block in blocks[1:-1]]
+        after_text = prompt.document.partition("{text}")[2]
+        for index in [index for index, cut in enumerate(truncated) if cut]:
+            ending = tokenize([after_text.format(index=index)])[0]
+            kept = blocks[1 + index][: max(max_document_tokens - len(ending), 0)]
+            blocks[1 + index] = (kept + ending)[:max_document_tokens]
     lengths = (len(blocks[0]), [len(block) for block in blocks[1:-1]], len(blocks[-1]))
     return PromptBlocks([token for block in blocks for token in block], lengths, truncated)
 
