@@ -35,7 +35,16 @@ from rankernel.rerankers.blockrank import BlockRankSettings, relevance
 from rankernel.rerankers.prompts import build_blocks
 from rankernel.run_files import scores_in_order
 from rankernel.training.run import run_training
-from train_stdlib_ranker import PROMPT, SETTINGS, build_model, ndcg_at_10, save, task_files, train_tokenizer, write_data
+from train_stdlib_ranker import (
+    PROMPT,
+    SETTINGS,
+    build_model,
+    ndcg_at_10,
+    save,
+    task_files,
+    train_tokenizer,
+    write_data,
+)
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 DEPTH = 20
@@ -44,8 +53,8 @@ SHAPE = {
     "hidden_size": 128,
     "intermediate_size": 352,
     "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
     "head_dim": 32,
 }
 BOTH = {"language_model": 0.1, "ranking_weight": 1.0, "score": "log_share"}
@@ -81,7 +90,7 @@ def train(work: Path, data: Path, tokenizer: Any, name: str, seed: int, steps: i
             "validation": {**task_files(data / "validation"), "depth": DEPTH, "limit": 100},
             "loss": BOTH | loss,
             "training": {
-                "learning_rate": 1e-3,
+                "learning_rate": 3e-4,
                 "weight_decay": 0.01,
                 "warmup_steps": 50,
                 "lr_scheduler_type": "cosine",
@@ -146,7 +155,7 @@ def study(work: Path, seeds: Sequence[int], steps: int) -> dict[str, dict[int, d
     """Results by model and how it ranked, by seed, by score."""
     data = work / "data"
     if not (data / "validation").exists():
-        write_data(data, 0)
+        write_data(data, 0, editions=12)
     corpus, tokenizer = load_stdlib("heldout"), train_tokenizer()
     candidates = shuffled(bm25_candidates(corpus.queries, corpus.documents, depth=DEPTH))
     results: dict[str, dict[int, dict[str, float]]] = defaultdict(dict)
@@ -222,7 +231,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=400)
     arguments = parser.parse_args()
     results = study(arguments.work, arguments.seeds, arguments.steps)
     write_table(DOCS / "effectiveness.md", results)
