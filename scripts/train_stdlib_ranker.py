@@ -64,15 +64,16 @@ EDITION_DOCUMENTS = 800
 # Lists and steps: first shuffled ones, from which only the words help, then the first stage's order.
 STAGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "words": (
-        {"documents_per_list": 20, "hard_negatives": 0.7},
-        {"max_steps": 2000, "learning_rate": 3e-4, "eval_steps": 400},
+        {"documents_per_list": DEPTH},
+        {"max_steps": 2000, "learning_rate": 3e-4, "eval_steps": 250},
     ),
     "order": (
         {"documents_per_list": DEPTH, "order": "run"},
         {"max_steps": 500, "learning_rate": 1e-4, "eval_steps": 100},
     ),
 }
-CLAUSE_END = re.compile(r"(?<=[.!?:;])\s+")
+RARE = 0.05
+"""Rarer words are in a smaller share of the texts."""
 WORD = re.compile(r"[A-Z]+[a-z]*|[a-z]+")
 MODULE = re.compile(r"(?:module |class )?(\w+)")
 
@@ -293,22 +294,17 @@ def projections(attention: Any, config: Qwen3Config) -> tuple[torch.Tensor, torc
     return queries, *(p.weight.view(heads, size, -1) for p in (attention.k_proj, attention.v_proj))
 
 
-def thinned(text: str, generator: random.Random) -> str:
-    """The text without some of its clauses but the first."""
-    first, *others = CLAUSE_END.split(text)
-    return " ".join([first, *(clause for clause in others if generator.random() < 0.75)])
-
-
 def renamed(texts: Mapping[str, str], generator: random.Random) -> dict[str, str]:
-    """The texts after their words changed places with others about as frequent, the same ones everywhere."""
+    """The texts after their rarer words changed places with others about as frequent, the same ones everywhere."""
     frequency = Counter(word for text in texts.values() for word in {part.lower() for part in WORD.findall(text)})
-    words = sorted(frequency, key=lambda word: (-frequency[word], len(word), word))
+    rare = sorted(
+        (word for word, count in frequency.items() if count < RARE * len(texts)),
+        key=lambda word: (-frequency[word], len(word), word),
+    )
     new_name: dict[str, str] = {}
-    begin = 0
-    while begin < len(words):
-        alike = words[begin : begin + max(5, begin // 3)]
+    for begin in range(0, len(rare), 200):
+        alike = rare[begin : begin + 200]
         new_name |= zip(alike, generator.sample(alike, len(alike)), strict=True)
-        begin += len(alike)
 
     def rename(match: re.Match[str]) -> str:
         word = match[0]
@@ -323,10 +319,9 @@ def training_task(
 ) -> tuple[dict[str, str], dict[str, str], Any, Any]:
     """Queries, documents, qrels and BM25's run of several editions of the train split.
 
-    An edition holds some modules, drawn anew until it is as large as the other splits are, its documents lack some
-    clauses, and in every other one the words have changed places. So a query comes again among other candidates, at
-    other places and in other words, and what can be learnt is how the words of a query and of its documents meet, and
-    not by heart which document answers which query.
+    An edition holds some modules, drawn anew until it is as large as the other splits are, and its words have changed
+    places. So a query comes again among other candidates, at other places and in other words, and what can be learnt
+    is how the words of a query and of its documents meet, and not by heart which document answers which query.
     """
     queries: dict[str, str] = {}
     documents: dict[str, str] = {}
@@ -341,10 +336,8 @@ def training_task(
             if len(kept) < EDITION_DOCUMENTS:
                 kept.update(modules[module])
         answered = {query: grades for query, grades in corpus.qrels.items() if kept.issuperset(grades)}
-        texts = {name: thinned(text, generator) for name, text in corpus.documents.items() if name in kept}
-        texts |= {query: corpus.queries[query] for query in answered}
-        if edition % 2:
-            texts = renamed(texts, generator)
+        texts = {name: text for name, text in corpus.documents.items() if name in kept}
+        texts = renamed(texts | {query: corpus.queries[query] for query in answered}, generator)
         asked = {f"{query}.{edition}": texts[query] for query in answered}
         found = {f"{name}.{edition}": text for name, text in texts.items() if name in kept}
         for query, grades in answered.items():
