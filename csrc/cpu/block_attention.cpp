@@ -15,11 +15,7 @@
 namespace rankernel {
 namespace {
 
-constexpr int64_t kMaxRows = 512;       // query tokens of one span
-constexpr int64_t kTasksPerCall = 256;  // aimed at
-constexpr int64_t kMinTaskTokens = 256, kMaxTaskTokens = 2048;
-
-int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+constexpr int64_t kMaxRows = 512;  // query tokens of one span
 
 struct Work {
   std::vector<RowSpan> spans;
@@ -67,9 +63,7 @@ void add_list(Work& work, const ListSpan& list, const BlockAttentionArgs& args, 
   PartialShape shape{0, 0};
   if (tail > 0)
     shape = {round_up(tail * group, kernels.row_multiple), round_up(args.head_size, kernels.column_multiple)};
-  // At least as many tokens as the tail has rows, so that all slots together stay O(tokens).
-  const int64_t even = (list.tail_begin - list.prefix_end) * args.num_kv_heads / kTasksPerCall;
-  const int64_t task_tokens = std::max(tail, std::clamp(even, kMinTaskTokens, kMaxTaskTokens));
+  const int64_t task_tokens = tokens_per_task(list.tail_begin - list.prefix_end, args.num_kv_heads, tail);
   const size_t first_slot = work.slot_floats, first_task = work.tasks.size();
   size_t first = work.spans.size();
   int64_t tokens = 0;

@@ -16,11 +16,7 @@
 namespace rankernel {
 namespace {
 
-constexpr int64_t kTasksPerCall = 256;  // aimed at
-constexpr int64_t kMinTaskTokens = 256, kMaxTaskTokens = 2048;
 constexpr int64_t kDeltaTokens = 64;  // of one step of the pass over delta
-
-int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
 struct Work {
   std::vector<GradientTask> documents, ends;  // `slots` is set by place()
@@ -50,9 +46,7 @@ void add_list(Work& work, const ListSpan& list, const BlockAttentionArgs& args, 
   work.limits.tail = std::max(work.limits.tail, tail);
   work.limits.slot = std::max(work.limits.slot, shape.size());
   const int64_t num_documents = args.layout.causal ? 0 : list.num_documents;
-  // At least as many tokens as prefix and tail have, so that all slots together stay O(tokens).
-  const int64_t even = (tail_begin - prefix_end) * args.num_kv_heads / kTasksPerCall;
-  const int64_t task_tokens = std::max({prefix, tail, std::clamp(even, kMinTaskTokens, kMaxTaskTokens)});
+  const int64_t task_tokens = tokens_per_task(tail_begin - prefix_end, args.num_kv_heads, std::max(prefix, tail));
   const size_t first_task = work.documents.size();
   for (int64_t d = 0; d < num_documents; ++d) {
     const int32_t* const end = list.documents + d + 1;

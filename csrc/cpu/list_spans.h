@@ -1,6 +1,7 @@
 // The lists of a packed row, read once from tensors that are not trusted.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "../types.h"
@@ -30,6 +31,15 @@ inline Status read_lists(const Layout& layout, std::vector<ListSpan>& lists) {
                                      cu[last],  cu + first + 1, last - first - 2};
   }
   return Status::kOk;
+}
+
+inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+
+// Document tokens of one attention task: about 256 tasks in a call, and at least as many tokens as the slot of a task
+// has rows of the prefix and the tail, so that all slots together stay O(tokens).
+inline int64_t tokens_per_task(int64_t document_tokens, int64_t num_kv_heads, int64_t slot_rows) {
+  constexpr int64_t kTasksPerCall = 256, kMinTokens = 256, kMaxTokens = 2048;
+  return std::max(slot_rows, std::clamp(document_tokens * num_kv_heads / kTasksPerCall, kMinTokens, kMaxTokens));
 }
 
 }  // namespace rankernel
