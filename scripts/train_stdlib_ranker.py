@@ -329,7 +329,7 @@ def training_task(
     run: dict[str, list[tuple[str, float]]] = {}
     modules: dict[str, list[str]] = defaultdict(list)
     for name, text in corpus.documents.items():
-        modules[MODULE.match(text)[1]].append(name)  # type: ignore[index]
+        modules[MODULE.findall(text)[0]].append(name)
     for edition in range(editions):
         kept: set[str] = set()
         for module in generator.sample(sorted(modules), len(modules)):
