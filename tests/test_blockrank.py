@@ -14,7 +14,7 @@ from rankernel import models
 from rankernel.demo import StockBlockRank, additive_mask
 from rankernel.layout import BlockLayout
 from rankernel.rerankers import BLOCKRANK, BLOCKRANK_QUERY_FREE, COMPACT, BlockPrompt, BlockRank, Ranking, Reranker
-from rankernel.rerankers.blockrank import BlockRankSettings, relevance
+from rankernel.rerankers.blockrank import BlockRankSettings, relevance, with_rank_prior
 from rankernel.rerankers.prompts import build_blocks
 from tiny_ranker import save_tiny_ranker, tiny_model, tiny_tokenizer
 
@@ -206,6 +206,18 @@ def test_order_of_the_documents_does_not_change_their_scores(tokenizer):
     np.testing.assert_allclose(shuffled, [straight[index] for index in order], atol=2e-6)
 
 
+def test_rank_prior_weighs_the_shares_by_the_given_order(tokenizer):
+    plain = BlockRank(tiny_model(), tokenizer, layer=1, prompt=COMPACT)
+    expected = np.array(scores_of(plain.rank("q", DOCUMENTS)))
+    expected /= np.arange(1, len(DOCUMENTS) + 1) ** 1.5
+    expected /= expected.sum()
+    with_prior = BlockRank(tiny_model(), tokenizer, layer=1, prompt=COMPACT, rank_prior=1.5)
+    (found,) = with_prior.score_lists([("q", DOCUMENTS)])
+    np.testing.assert_allclose(found.scores, expected, rtol=1e-5)
+    np.testing.assert_allclose(found.scores, [np.mean(list(parts.values())) for parts in found.parts], rtol=1e-6)
+    assert with_rank_prior(torch.zeros(1, 2, 3), 1.5).tolist() == [[[0.0] * 3] * 2]
+
+
 def test_query_in_the_prefix_changes_what_documents_are(tokenizer):
     model = tiny_model()
     scores = [
@@ -327,6 +339,8 @@ def test_unfit_arguments_are_refused(ranker, tokenizer):
         BlockRank(tiny_model(), tokenizer, layer=1, position_scheme="none")
     with pytest.raises(ValueError, match="pattern: expected 'block' or 'causal', got 'dense'"):
         BlockRank(tiny_model(), tokenizer, layer=1, pattern="dense")
+    with pytest.raises(ValueError, match="rank_prior: expected a finite number of at least 0, got -1"):
+        BlockRank(tiny_model(), tokenizer, layer=1, rank_prior=-1)
 
 
 def test_a_query_too_long_for_the_positions_is_named(tokenizer):
@@ -342,8 +356,10 @@ def test_settings_come_from_the_model_directory(tmp_path, ranker):
     directory = save_tiny_ranker(tmp_path)
     loaded = BlockRank.from_pretrained(directory)
     assert loaded.settings == BlockRankSettings(1, COMPACT, 48, 256)
-    changed = BlockRank.from_pretrained(str(directory), layer=2, max_document_tokens=30, dtype=torch.float64)
-    assert changed.settings == BlockRankSettings(2, COMPACT, 30, 256)
+    changed = BlockRank.from_pretrained(
+        str(directory), layer=2, max_document_tokens=30, rank_prior=2.0, dtype=torch.float64
+    )
+    assert changed.settings == BlockRankSettings(2, COMPACT, 30, 256, rank_prior=2.0)
     assert changed.model.dtype == torch.float64
     again = BlockRank.from_pretrained(loaded.model, max_document_tokens=30, tail_offset=16384)
     np.testing.assert_allclose(

@@ -29,6 +29,7 @@ from rankernel.cli import effectiveness_table, progress_bar
 from rankernel.layout import DOCUMENT, BlockLayout
 from rankernel.models.attach import decoder_of
 from rankernel.rerankers import BlockRank, Ranking
+from rankernel.rerankers.blockrank import with_rank_prior
 from rankernel.rerankers.prompts import build_blocks
 
 if TYPE_CHECKING:
@@ -294,7 +295,7 @@ class StockBlockRank:
                 position_ids=self.layout.position_ids(settings.position_scheme, settings.tail_offset)[None],
                 use_cache=False,
             )
-        return self.scores.tolist()
+        return with_rank_prior(self.scores[None, None], settings.rank_prior)[0, 0].tolist()
 
     def _document_scores(self, query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
         """[documents] from query [Hq, T, D] and key [Hkv, T, D]."""

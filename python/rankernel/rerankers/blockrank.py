@@ -43,6 +43,10 @@ class BlockRankSettings:
         tail_offset: position of the first tail token under shared positions.
         position_scheme: ``"shared"`` (every document starts where the prefix ends) or ``"sequential"``.
         pattern: ``"block"``, or ``"causal"`` for documents that see those before them, plain in-context ranking.
+        rank_prior: for candidates that come in the order of a first stage: the share of the n-th document is divided by
+            n to this power, and the shares by their sum. So both rankings count, the attention as evidence and the
+            first stage as prior (first stages are worth that: Wang et al., ICTIR 2021, doi 10.1145/3471158.3472233).
+            0 leaves the order of the candidates without a meaning.
     """
 
     layer: int
@@ -51,6 +55,7 @@ class BlockRankSettings:
     tail_offset: int = 16384
     position_scheme: PositionScheme = "shared"
     pattern: Pattern = "block"
+    rank_prior: float = 0.0
 
     @classmethod
     def read(cls, path: str | Path) -> BlockRankSettings:
@@ -89,6 +94,18 @@ def relevance(logsumexp: torch.Tensor, num_lists: int) -> torch.Tensor:
     return shares.unflatten(0, (num_lists, -1)).mean(dim=(1, 2))
 
 
+def with_rank_prior(shares: torch.Tensor, rank_prior: float) -> torch.Tensor:
+    """Shares [lists, signal rows, documents], the n-th document's over ``n ** rank_prior``, normalized.
+
+    Those of a list again add up to 1 in the mean over its rows, unless all are 0.
+    """
+    if not rank_prior:
+        return shares
+    places = torch.arange(1, shares.shape[-1] + 1, device=shares.device)
+    weighted = shares * places**-rank_prior
+    return weighted / weighted.mean(dim=1, keepdim=True).sum(dim=-1, keepdim=True).clamp(min=torch.finfo().tiny)
+
+
 class BlockRank(Reranker):
     """Reranks with a decoder-only Transformers model that was trained for BlockRank.
 
@@ -104,6 +121,7 @@ class BlockRank(Reranker):
         tail_offset: position of the first tail token under shared positions.
         position_scheme: ``"shared"`` or ``"sequential"``.
         pattern: ``"block"`` or ``"causal"``.
+        rank_prior: how much the order of the candidates counts, see :class:`BlockRankSettings`.
 
     Raises:
         ValueError: ``layer`` is not one of the model's, or an argument is out of range.
@@ -120,6 +138,7 @@ class BlockRank(Reranker):
         tail_offset: int = 16384,
         position_scheme: PositionScheme = "shared",
         pattern: Pattern = "block",
+        rank_prior: float = 0.0,
     ) -> None:
         num_layers = len(decoder_of(model).layers)
         if not 0 <= layer < num_layers:
@@ -130,10 +149,14 @@ class BlockRank(Reranker):
             raise ValueError(f"position_scheme: expected 'shared' or 'sequential', got {position_scheme!r}")
         if pattern not in ("block", "causal"):
             raise ValueError(f"pattern: expected 'block' or 'causal', got {pattern!r}")
+        if not 0 <= rank_prior < math.inf:
+            raise ValueError(f"rank_prior: expected a finite number of at least 0, got {rank_prior}")
         attach(model)
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self.settings = BlockRankSettings(layer, prompt, max_document_tokens, tail_offset, position_scheme, pattern)
+        self.settings = BlockRankSettings(
+            layer, prompt, max_document_tokens, tail_offset, position_scheme, pattern, rank_prior
+        )
 
     @classmethod
     def from_pretrained(
@@ -147,6 +170,7 @@ class BlockRank(Reranker):
         tail_offset: int | None = None,
         position_scheme: PositionScheme | None = None,
         pattern: Pattern | None = None,
+        rank_prior: float | None = None,
         dtype: torch.dtype | Literal["auto"] = "auto",
         device: torch.device | str | None = None,
     ) -> BlockRank:
@@ -159,7 +183,8 @@ class BlockRank(Reranker):
             model: directory, name on the Hugging Face Hub, or a loaded Transformers model.
             layer: index from 0 of the scoring layer; has to be given where there is no ``rankernel.json``.
             tokenizer: by default the one saved with the model.
-            prompt, max_document_tokens, tail_offset, position_scheme, pattern: see :class:`BlockRankSettings`.
+            prompt, max_document_tokens, tail_offset, position_scheme, pattern, rank_prior: see
+                :class:`BlockRankSettings`.
             dtype: type of the weights, by default the one they were saved in; not for a loaded model.
             device: where to run, by default where the model is loaded to; not for a loaded model.
 
@@ -177,6 +202,7 @@ class BlockRank(Reranker):
             "tail_offset": tail_offset,
             "position_scheme": position_scheme,
             "pattern": pattern,
+            "rank_prior": rank_prior,
         }
         settings.update({name: value for name, value in given.items() if value is not None})
         if "layer" not in settings:
@@ -190,7 +216,7 @@ class BlockRank(Reranker):
     def score_lists(
         self, lists: Iterable[tuple[str, Sequence[str]]], *, batch_tokens: int = BATCH_TOKENS
     ) -> Iterator[ListScores]:
-        """See :meth:`Reranker.score_lists`; the parts of a score are the shares of the single signal rows."""
+        """See :meth:`Reranker.score_lists`; a score is the mean of its parts, those of the single signal rows."""
         check_batch_tokens(batch_tokens)
         row: list[PromptBlocks] = []
         for query, documents in lists:
@@ -245,4 +271,4 @@ class BlockRank(Reranker):
         shares = relevance(logsumexp, len(rows))
         if not shares.isfinite().all():
             raise FloatingPointError(f"the attention logits of layer {settings.layer} are not finite")
-        return shares.unflatten(0, (len(lists), -1))
+        return with_rank_prior(shares.unflatten(0, (len(lists), -1)), settings.rank_prior)
