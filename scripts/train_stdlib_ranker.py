@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
+import os
 import random
 import re
 import shutil
+import subprocess
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import IntEnum, auto
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,6 @@ import ir_measures
 import numpy as np
 import torch
 import yaml
-from rich.console import Console
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
@@ -36,7 +36,6 @@ from rankernel.demo import RANKER_DIRECTORY
 from rankernel.rerankers import BlockPrompt, BlockRank
 from rankernel.rerankers.blockrank import SETTINGS_FILE, BlockRankSettings
 from rankernel.run_files import scores_in_order, write_task
-from rankernel.training.run import run_training
 
 DEPTH = 50
 PROMPT = BlockPrompt(
@@ -47,6 +46,8 @@ PROMPT = BlockPrompt(
     signal_tokens=12,
 )
 SETTINGS = BlockRankSettings(layer=3, prompt=PROMPT, max_document_tokens=96, tail_offset=256)
+RANK_PRIOR = 1.75
+"""Of 0, 0.25, ..., 3, what ranks the validation queries best."""
 SHAPE = {
     "hidden_size": 192,
     "intermediate_size": 512,
@@ -58,20 +59,10 @@ SHAPE = {
 VOCABULARY = 6144
 STD = 0.2
 """Of the embedding."""
-EDITIONS = 50
+EDITIONS = 100
 EDITION_DOCUMENTS = 800
-
-# Lists and steps: first shuffled ones, from which only the words help, then the first stage's order.
-STAGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "words": (
-        {"documents_per_list": DEPTH},
-        {"max_steps": 2000, "learning_rate": 3e-4, "eval_steps": 250},
-    ),
-    "order": (
-        {"documents_per_list": DEPTH, "order": "run"},
-        {"max_steps": 500, "learning_rate": 1e-4, "eval_steps": 100},
-    ),
-}
+PROCESSES = 2
+"""Of one thread each: on two cores half as fast again as one process of two."""
 RARE = 0.05
 """Rarer words are in a smaller share of the texts."""
 WORD = re.compile(r"[A-Z]+[a-z]*|[a-z]+")
@@ -123,9 +114,8 @@ def build_model(
     begin as its keys, so that a token attends to its like, and an attention's output begins as a mean of what it
     attends to, in the spirit of mimetic initialisation (arXiv 2305.09828). The first coordinates of the residual stream
     have a meaning, see :class:`Coordinate`, and one KV head or two of the first three layers compute some of them from
-    others: then the token that ends a document knows its number, which is its place in the first stage's order, and how
-    many of its words, and of those of its name, are the query's. The scoring layer begins by looking at the number and
-    a little at the words. All of it is trained.
+    others: then the token that ends a document knows how many of its words, and of those of its name, are the query's,
+    and the scoring layer begins by looking there. All of it is trained.
 
     Args:
         tokenizer: of :func:`train_tokenizer`.
@@ -176,7 +166,7 @@ def build_model(
         of_name = of_document | {c.AFTER_NAME: -6}
         means = {c.MATCH: (c.NAME_MATCHES, 4), c.START: (c.NAME_SHORTNESS, 4)}
         wire(model, 2, 2, 0.1, [(always, of_name), scale], means)
-        looks_at = [(always, {c.RANK: 4}), (always, {c.MATCHES: 2}), (always, {c.END: 4}), ({}, {c.ONE: 8})]
+        looks_at = [(always, {c.RELEVANCE: 4}), (always, {c.MATCHES: 2}), (always, {c.END: 4}), ({}, {c.ONE: 8})]
         for head in range(config.num_key_value_heads):
             wire(model, layer, head, 0.3, looks_at)
     return model
@@ -190,8 +180,8 @@ class Coordinate(IntEnum):
     """1 for tokens other than those of the next five."""
     END = auto()
     """The number that ends a document."""
-    RANK = auto()
-    """Of that number, higher for lower ones; 0 until :func:`tell_ranks`."""
+    RELEVANCE = auto()
+    """0; the scoring layer looks at what training writes here."""
     DOCUMENTS = auto()
     """The last word of the prefix."""
     START = auto()
@@ -231,21 +221,6 @@ def mark_tokens(embedding: torch.Tensor, tokenizer: PreTrainedTokenizerFast) -> 
     mark("Documents", {Coordinate.DOCUMENTS: 8})
     mark("Query", {Coordinate.START: 8})
     mark("(", {Coordinate.PARENTHESIS: 8})
-
-
-def tell_ranks(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, layer: int = SETTINGS.layer) -> None:
-    """Lets a model know from the number of a document its place in the first stage's order.
-
-    The scoring layer already reads it, as :func:`build_model` set it; after training by words alone it has to read it
-    louder. Of factors 1 to 16, 8 ranks a third of the validation queries best.
-    """
-    embedding = model.get_input_embeddings().weight
-    queries, _, _ = projections(model.model.layers[layer].self_attn, model.config)
-    with torch.no_grad():
-        for number in range(100):
-            (token,) = tokenizer(f"[{number}]")["input_ids"]
-            embedding[token, Coordinate.RANK] = (6 - 2 * math.log2(1 + number)) * STD
-        queries[:, :, -1, Coordinate.ONE] *= 8
 
 
 Reads = Mapping[Coordinate, float]
@@ -372,38 +347,39 @@ def save(model: Any, tokenizer: Any, folder: Path, settings: BlockRankSettings =
     (folder / SETTINGS_FILE).write_text(content, encoding="utf-8")
 
 
-def config_of(stage: str, model: Path, work: Path, seed: int) -> dict[str, Any]:
-    """What ``rankernel train`` is told."""
-    lists, training = STAGES[stage]
+def config_of(model: Path, work: Path, seed: int) -> dict[str, Any]:
+    """What ``rankernel train`` is told: shuffled lists, from which only the words help."""
     return {
         "model": str(model.absolute()),
         "output": "run",
         "seed": seed,
-        "train": {**task_files(work.absolute() / "train"), **lists},
+        "train": {**task_files(work.absolute() / "train"), "documents_per_list": DEPTH},
         "validation": {**task_files(work.absolute() / "validation"), "depth": DEPTH},
         "loss": {"language_model": 0.0, "ranking_weight": 1.0, "score": "log_share"},
         "training": {
-            **training,
+            "max_steps": 5000,
+            "learning_rate": 3e-4,
             "weight_decay": 0.01,
-            "warmup_steps": 50,
+            "warmup_steps": 100,
             "lr_scheduler_type": "cosine",
-            "per_device_train_batch_size": 8,
+            "per_device_train_batch_size": 8 // PROCESSES,
             "bf16": True,
             "torch_compile": True,
             "logging_steps": 50,
+            "eval_steps": 500,
         },
     }
 
 
-def train(stage: str, model: Path, work: Path, seed: int) -> Path:
-    """The directory of the model after a stage of training; goes on with a run that was stopped."""
-    config = work / stage / "config.yaml"
+def train(model: Path, work: Path, seed: int) -> Path:
+    """The directory of the trained run; goes on with a run that was stopped."""
+    config = work / "config.yaml"
     if not config.exists():
-        config.parent.mkdir(parents=True)
-        content = yaml.safe_dump(config_of(stage, model, work, seed), sort_keys=False)
-        config.write_text(content, encoding="utf-8")
-    run_training(Console(), config, resume=True)
-    return config.parent / "run" / "model"
+        config.write_text(yaml.safe_dump(config_of(model, work, seed), sort_keys=False), encoding="utf-8")
+    command = ["torchrun", "--nproc-per-node", str(PROCESSES), str(shutil.which("rankernel"))]
+    threads = {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, "train", "--config", str(config), "--resume"], env=os.environ | threads, check=True)
+    return work / "run"
 
 
 def ndcg_at_10(qrels: Mapping[str, Mapping[str, int]], run: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
@@ -431,6 +407,7 @@ def report_heldout(ranker: BlockRank) -> dict[str, Any]:
     shuffled = {query: generator.sample(ids, len(ids)) for query, ids in first_stage.items()}
     best = {q: {d: float(corpus.qrels[q].get(d, 0)) for d in ids} for q, ids in first_stage.items()}
     ours, bm25 = per_query(ranker, corpus, first_stage), ndcg_at_10(corpus.qrels, scores_in_order(first_stage))
+    by_words = BlockRank(ranker.model, ranker.tokenizer, **vars(replace(ranker.settings, rank_prior=0.0)))
     difference = np.array([ours[query] - bm25[query] for query in corpus.queries])
     signs = np.random.default_rng(0).choice([-1.0, 1.0], (100_000, len(difference)))
     extreme = np.abs(signs @ difference) >= abs(difference.sum())
@@ -440,7 +417,7 @@ def report_heldout(ranker: BlockRank) -> dict[str, Any]:
         "ranker": np.mean(list(ours.values())),
         "p": (extreme.sum() + 1) / (len(signs) + 1),
         "better, equal, worse": [int((np.sign(difference) == sign).sum()) for sign in (1, 0, -1)],
-        "ranker, candidates shuffled": np.mean(list(per_query(ranker, corpus, shuffled).values())),
+        "ranker without prior, shuffled": np.mean(list(per_query(by_words, corpus, shuffled).values())),
         "best possible": np.mean(list(ndcg_at_10(corpus.qrels, best).values())),
     }
 
@@ -457,15 +434,10 @@ def main() -> None:
         if not (work / "validation").exists():
             save(build_model(tokenizer, arguments.seed), tokenizer, work / "start")
             write_data(work, arguments.seed)
-        words = train("words", work / "start", work, arguments.seed)
-        if not (work / "told").exists():
-            model = AutoModelForCausalLM.from_pretrained(words)
-            tell_ranks(model, tokenizer)
-            save(model, tokenizer, work / "told")
-        trained = train("order", work / "told", work, arguments.seed)
-        save(AutoModelForCausalLM.from_pretrained(trained, dtype=torch.bfloat16), tokenizer, arguments.output)
-        for stage in STAGES:
-            shutil.copyfile(work / stage / "run" / "curves.png", arguments.output / f"{stage}.png")
+        run = train(work / "start", work, arguments.seed)
+        model = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.bfloat16)
+        save(model, tokenizer, arguments.output, replace(SETTINGS, rank_prior=RANK_PRIOR))
+        shutil.copyfile(run / "curves.png", arguments.output / "curves.png")
     ranker = BlockRank.from_pretrained(arguments.output, dtype=torch.float32)
     print(json.dumps(report_heldout(ranker), indent=2))
 
