@@ -259,7 +259,7 @@ def test_bundled_ranker():
     pair = [AutoModelForCausalLM.from_pretrained(RANKER_DIRECTORY, dtype=torch.float32).eval() for _ in range(2)]
     with pytest.raises(ValueError, match="tokenizer: expected a single token for ' A'"):
         Pairwise(pair[0], tokenizer)
-    twins = [tokenizer.get_vocab()[word] for word in ("name", "value")]
+    twins = [tokenizer.get_vocab()[word] for word in ("return", "the")]
     tokenizer.add_tokens([AddedToken(label, normalized=False) for label in (" A", " B")])
     for model in pair:
         embeddings = model.resize_token_embeddings(len(tokenizer), mean_resizing=False).weight
