@@ -25,7 +25,6 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64),
 }
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-MAX_SPILLS = 0
 MODULES = [
     importlib.import_module(f"rankernel.triton_kernels.{found.name}")
     for found in pkgutil.iter_modules(rankernel.triton_kernels.__path__)
@@ -34,24 +33,31 @@ MODULES = [
 CASES = [(module.__name__, number) for module in MODULES for number in range(len(module.COMPILE_CASES))]
 
 
-def spills_of(module: str, number: int, target: str, **constants: object) -> tuple[str, int]:
-    """Compiles one case; its name, and its spills: bytes of memory used as registers, on AMD plus these registers."""
+def usage_of(module: str, number: int, target: str, **constants: object) -> tuple[str, str, int]:
+    """Compiles one case; its name, registers and shared memory, and its spills: bytes of memory used as registers.
+
+    On AMD registers that are kept in other registers are shown: vector ones in accumulators, scalar ones in lanes.
+    """
     case = importlib.import_module(module).COMPILE_CASES[number]
+    aligned = {(list(case.signature).index(name),): [["tt.divisibility", 16]] for name in case.aligned}
+    warps = case.num_threads // TARGETS[target][2] or case.num_warps
     compiled = triton.compile(
-        triton.compiler.ASTSource(case.kernel, dict(case.signature), {**case.constants, **constants}),
+        triton.compiler.ASTSource(case.kernel, dict(case.signature), {**case.constants, **constants}, aligned),
         target=triton.backends.compiler.GPUTarget(*TARGETS[target]),
-        options={"num_warps": case.num_warps, "enable_fp_fusion": True},
+        options={"num_warps": warps, "num_stages": case.num_stages, "enable_fp_fusion": True},
     )
     name = f"{module.rpartition('.')[2]}.{case.kernel.__name__} {case.constants}"
     if TARGETS[target][0] == "hip":
-        spills = re.findall(r"\.(?:private_segment_fixed_size|[sv]gpr_spill_count):\s*(\d+)", compiled.asm["amdgcn"])
+        found = dict(re.findall(r"\.(\w+):\s*(\d+)", compiled.asm["amdgcn"]))
+        registers = " ".join(f"{key}={found[key]}" for key in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count"))
+        spilled = int(found["private_segment_fixed_size"])
     else:
         cubin = Path(os.environ["TRITON_CACHE_DIR"]) / f"{compiled.hash}.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         usage = subprocess.run([CUOBJDUMP, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True)
-        spills = re.findall(r"\b(?:STACK|LOCAL):(\d+)", usage.stdout)
-    assert len(spills) >= 2, f"{name}: the compiler's report has another form"
-    return name, sum(map(int, spills))
+        found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage.stdout))
+        registers, spilled = found["REG"], int(found["STACK"]) + int(found["LOCAL"])
+    return name, f"registers {registers}, shared memory {compiled.metadata.shared}", spilled
 
 
 @pytest.fixture(scope="module")
@@ -64,16 +70,19 @@ def compilers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessPoolE
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_kernels_compile_without_spills(target: str, compilers: ProcessPoolExecutor) -> None:
-    found = list(compilers.map(spills_of, *zip(*CASES, strict=True), [target] * len(CASES)))
-    assert not [(name, spilled) for name, spilled in found if spilled > MAX_SPILLS]
+    """Prints what the kernels use: ``pytest tests/test_triton.py -k spills -rP`` shows it."""
+    found = list(compilers.map(usage_of, *zip(*CASES, strict=True), [target] * len(CASES)))
+    for name, usage, _ in found:
+        print(f"{target} {name}: {usage}")
+    assert not [(name, spilled) for name, _, spilled in found if spilled]
 
 
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-def test_spills_are_seen(target: str, compilers: ProcessPoolExecutor) -> None:
+@pytest.mark.parametrize(("target", "block"), [("sm_90", 16384), ("gfx942", 32768)])
+def test_spills_are_seen(target: str, block: int, compilers: ProcessPoolExecutor) -> None:
     module = "rankernel.triton_kernels.listwise_loss"
     cases = importlib.import_module(module).COMPILE_CASES
     number = next(i for i, case in enumerate(cases) if case.kernel.__name__ == "_softmax_kernel")
-    _, spilled = compilers.submit(spills_of, module, number, target, BLOCK=16384).result()
+    _, _, spilled = compilers.submit(usage_of, module, number, target, BLOCK=block).result()
     assert spilled > 100
 
 

@@ -17,13 +17,18 @@ class CompileCase(NamedTuple):
         kernel: function under ``triton.jit``.
         signature: type of every argument, ``"constexpr"`` for those in ``constants``.
         constants: value of every compile-time argument; None for a pointer that is left out.
-        num_warps: as launched.
+        num_warps, num_stages: as launched.
+        aligned: arguments that are launched with multiples of 16.
+        num_threads: where these are the same on every GPU, and ``num_warps`` is that of a warp of 32.
     """
 
     kernel: Any
     signature: Mapping[str, str]
     constants: Mapping[str, object]
     num_warps: int
+    num_stages: int = 3
+    aligned: tuple[str, ...] = ()
+    num_threads: int = 0
 
 
 @triton.jit

@@ -21,8 +21,10 @@ from rankernel import _C
 
 OPS = ("block_attention", "candidate_logits", "document_scores", "listwise_loss", "lora_linear", "relevance_feedback")
 BACKENDS = ("reference", "cpu", "triton", "cuda")
-GPU_OPS = ("candidate_logits", "listwise_loss", "lora_linear")
-"""Ops that have Triton and CUDA C++ kernels."""
+GPU_KERNELS = {"block_attention": ("triton",)} | dict.fromkeys(
+    ("candidate_logits", "listwise_loss", "lora_linear"), ("triton", "cuda")
+)
+"""Ops with kernels for CUDA tensors, and the backends that have them."""
 ISAS: tuple[str, ...] = tuple(_C.isas())
 """Instruction sets this build has kernels for, slowest first."""
 
@@ -112,7 +114,7 @@ def table() -> list[Implementation]:
         for isa, dtypes in _C.kernels(op):
             why_not = f"this processor or system lacks {_MISSING[isa]}" if _MISSING[isa] else ""
             rows.append(Implementation(op, isa, ", ".join(dtypes), not why_not, why_not))
-        for name in ("triton", "cuda") if op in GPU_OPS else ():
+        for name in GPU_KERNELS.get(op, ()):
             why_not = why_no_module(name) or ("" if torch.cuda.is_available() else "PyTorch sees no CUDA device")
             rows.append(Implementation(op, name, "float32, bfloat16, float16", not why_not, why_not))
     return rows

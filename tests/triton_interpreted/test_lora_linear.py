@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, replace
 
-import numpy as np
 import pytest
 import torch
-import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rankernel.triton_kernels import lora_linear as kernels
-from triton.runtime import interpreter
 
 from attention_cases import DTYPES, assert_close
 from rankernel.reference.lora_linear import Dropout, Segments, keep_mask, lora_expand, lora_shrink
@@ -20,28 +16,6 @@ from rankernel.reference.lora_linear import Dropout, Segments, keep_mask, lora_e
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "interpreted_dot")
 
 RANKS = (0, 1, 5, 16, 48, 130)
-
-
-@pytest.fixture
-def interpreted_dot(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter takes the bits of bfloat16 for integers in ``tl.dot``, and knows no bf16x6."""
-    plain = interpreter.InterpreterBuilder.create_dot
-
-    def create_dot(self, a, b, *rest):
-        return plain(self, *(wide(handle) for handle in (a, b)), *rest)
-
-    def wide(handle):
-        if handle.dtype.scalar != triton.language.bfloat16:
-            return handle
-        data = (handle.data.astype(np.uint32) << 16).view(np.float32)
-        return interpreter.TensorHandle(data, triton.language.float32)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
-    options = interpreter.interpreter_builder.options
-    allowed = (*options.allowed_dot_input_precisions, "bf16x3", "bf16x6")
-    monkeypatch.setattr(
-        interpreter.interpreter_builder, "options", dataclasses.replace(options, allowed_dot_input_precisions=allowed)
-    )
 
 
 @pytest.fixture

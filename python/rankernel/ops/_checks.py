@@ -23,10 +23,17 @@ MAX_HEAD_SIZE = 256
 BAD_LAYOUT, BAD_ROWS = 1, 2  # Status in csrc/types.h
 
 
-def check_layout(layout: object) -> None:
-    """Raises TypeError for anything but a BlockLayout."""
+def check_layout(layout: object, **tensors: torch.Tensor) -> None:
+    """Raises TypeError for anything but a BlockLayout, ValueError for tensors without as many rows as it has tokens.
+
+    Kernels on the CPU count again; nothing else would tell on CUDA, which is not waited for. A compiled graph, which
+    serves every layout, does without.
+    """
     if not isinstance(layout, BlockLayout):
         raise TypeError(f"layout: expected a BlockLayout, got {type(layout).__name__}")
+    for name, tensor in () if torch.compiler.is_compiling() else tensors.items():
+        if tensor.dim() == 3 and tensor.shape[0] != layout.num_tokens:
+            raise ValueError(f"{name}: expected {layout.num_tokens} tokens as in the layout, got {tensor.shape[0]}")
 
 
 def check_scale(head_size: int, scale: float | None, softcap: float | None) -> float:
@@ -92,15 +99,12 @@ def check_candidates(candidates: torch.Tensor, vocabulary: int) -> None:
         raise ValueError(f"candidates: expected token ids in [0, {vocabulary}), got {candidates.tolist()}")
 
 
-def why_no_kernel(query: torch.Tensor) -> str | None:
-    """Why no native kernel covers these inputs, or None."""
-    if query.device.type != "cpu":
-        return f"there is no kernel for {query.device.type} tensors yet"
-    if query.dtype not in NATIVE_DTYPES:
-        return f"there is no kernel for {query.dtype}"
-    if not 0 < query.shape[2] <= MAX_HEAD_SIZE:
-        return f"kernels cover head sizes from 1 to {MAX_HEAD_SIZE}, not {query.shape[2]}"
-    return None
+def why_no_kernel(query: torch.Tensor, implementation: str = "cpu") -> str | None:
+    """Why an implementation has no kernel for the heads of query, or None; see :func:`why_no_kernel_of`."""
+    why_not = why_no_kernel_of(implementation, query)
+    if why_not is None and not 0 < query.shape[2] <= MAX_HEAD_SIZE:
+        why_not = f"kernels cover head sizes from 1 to {MAX_HEAD_SIZE}, not {query.shape[2]}"
+    return why_not
 
 
 def why_no_kernel_of(implementation: str, tensor: torch.Tensor) -> str | None:

@@ -58,7 +58,7 @@ def block_attention(
         ValueError: shapes, devices or numbers that do not fit, naming the argument.
         TypeError: a wrong dtype, or a layout that is none.
     """
-    _checks.check_layout(layout)
+    _checks.check_layout(layout, query=query, key=key)
     scale = _checks.check_scale(query.shape[-1], scale, softcap)
     if window is not None and window < 1:
         raise ValueError(f"window: expected at least 1 or None, got {window}")
@@ -106,16 +106,22 @@ def _forward(
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _check(query, key, value, cu_seqlens, sinks)
-    if backends.native_refused("block_attention", _checks.why_no_kernel(query)):
+    if _refused(query):
         _checks.check_tokens(cu_seqlens, query=query)
         layout = _checks.layout_of(cu_seqlens, list_offsets, causal)
         return reference.block_attention(
             query, key, value, layout, scale=scale, window=window, softcap=softcap, sinks=sinks
         )
     query, key, value = (_checks.rows_contiguous(tensor) for tensor in (query, key, value))
+    sinks = _native_sinks(sinks)
+    if query.device.type != "cpu":
+        kernels = _checks.gpu_kernels("block_attention", "triton")
+        with torch.cuda.device(query.device):
+            return kernels.block_attention(
+                query, key, value, cu_seqlens, list_offsets, sinks, causal, scale, window, softcap
+            )
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = torch.empty(query.shape[:2], dtype=torch.float32)
-    sinks = _native_sinks(sinks)
     status = _C.block_attention(
         *_native_arguments(query, key, value, out, lse, cu_seqlens, list_offsets, sinks, causal, scale, window, softcap)
     )
@@ -123,6 +129,15 @@ def _forward(
         _checks.check_tokens(cu_seqlens, query=query)
         _checks.check_status(status)
     return out, lse
+
+
+def _refused(query: torch.Tensor) -> bool:
+    """Whether the reference runs."""
+    implementation = "cpu" if query.device.type == "cpu" else backends.gpu_implementation()
+    why_not = _checks.why_no_kernel(query, implementation)
+    if implementation == "cuda":
+        why_not = "it has no kernel in CUDA C++"
+    return backends.native_refused("block_attention", why_not, implementation)
 
 
 def _native_sinks(sinks: torch.Tensor | None) -> torch.Tensor | None:
@@ -186,7 +201,7 @@ def _backward(
     window: int | None,
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    if backends.native_refused("block_attention", _checks.why_no_kernel(query)):
+    if _refused(query):
         layout = _checks.layout_of(cu_seqlens, list_offsets, causal)
         return reference.block_attention_backward(
             grad_out, grad_lse, lse, query, key, value, layout,
@@ -194,10 +209,18 @@ def _backward(
         )  # fmt: skip
     grad_out, out, query, key, value = map(_checks.rows_contiguous, (grad_out, out, query, key, value))
     grad_lse, lse = grad_lse.contiguous(), lse.contiguous()
+    wide_sinks = _native_sinks(sinks)
+    if query.device.type != "cpu":
+        kernels = _checks.gpu_kernels("block_attention", "triton")
+        with torch.cuda.device(query.device):
+            grad_query, grad_key, grad_value, grad_sinks = kernels.block_attention_backward(
+                grad_out, grad_lse, out, lse, query, key, value, cu_seqlens, list_offsets, wide_sinks, causal, scale,
+                window, softcap,
+            )  # fmt: skip
+        return grad_query, grad_key, grad_value, query.new_empty(0) if sinks is None else grad_sinks.to(sinks.dtype)
     grad_query, grad_key, grad_value = (
         torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (query, key, value)
     )
-    wide_sinks = _native_sinks(sinks)
     grad_sinks = query.new_empty(0) if wide_sinks is None else torch.empty_like(wide_sinks)
     status = _C.block_attention_backward(
         _checks.address(grad_out),
