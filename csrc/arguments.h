@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "candidate_logits.h"
+#include "document_scores.h"
 #include "lora_linear.h"
 
 namespace rankernel {
@@ -39,6 +40,44 @@ inline CandidateLogitsArgs candidate_logits_args(int dtype, const Rows& hidden, 
           softcap,
           pointer<float>(out),
           pointer<float>(lse),
+          num_threads};
+}
+
+using Tensor = std::tuple<uintptr_t, int64_t, int64_t>;  // address, token stride, head stride
+using LayoutTuple =
+    std::tuple<uintptr_t, uintptr_t, int64_t, int64_t, bool>;  // cu_seqlens, list_offsets, sizes, causal
+using Heads = std::tuple<int64_t, int64_t, int64_t>;           // query heads, KV heads, head size
+
+inline TokenHeads token_heads(const Tensor& t) {
+  return {pointer<void>(std::get<0>(t)), std::get<1>(t), std::get<2>(t)};
+}
+
+inline Layout layout_of(const LayoutTuple& t, int64_t num_tokens) {
+  return {pointer<const int32_t>(std::get<0>(t)),
+          pointer<const int32_t>(std::get<1>(t)),
+          std::get<2>(t),
+          std::get<3>(t),
+          num_tokens,
+          std::get<4>(t)};
+}
+
+inline DocumentScoresArgs document_scores_args(int dtype, const Tensor& query, const Tensor& key, uintptr_t rows,
+                                               int64_t num_rows, uintptr_t out, int64_t max_documents,
+                                               const LayoutTuple& layout, int64_t num_tokens, const Heads& heads,
+                                               float scale, float softcap, int num_threads) {
+  return {static_cast<DType>(dtype),
+          token_heads(query),
+          token_heads(key),
+          pointer<const int64_t>(rows),
+          num_rows,
+          pointer<float>(out),
+          max_documents,
+          layout_of(layout, num_tokens),
+          std::get<0>(heads),
+          std::get<1>(heads),
+          std::get<2>(heads),
+          scale,
+          softcap,
           num_threads};
 }
 

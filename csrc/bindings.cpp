@@ -14,7 +14,6 @@
 #include "block_attention.h"
 #include "cpu/cpu_features.h"
 #include "cpu/dispatch.h"
-#include "document_scores.h"
 #include "listwise_loss.h"
 #include "relevance_feedback.h"
 
@@ -28,22 +27,6 @@ constexpr int kBuiltIsas = kNumIsas;
 #else
 constexpr int kBuiltIsas = kAmxEmulated;
 #endif
-
-using Tensor = std::tuple<uintptr_t, int64_t, int64_t>;  // address, token stride, head stride
-using LayoutTuple =
-    std::tuple<uintptr_t, uintptr_t, int64_t, int64_t, bool>;  // cu_seqlens, list_offsets, sizes, causal
-using Heads = std::tuple<int64_t, int64_t, int64_t>;           // query heads, KV heads, head size
-
-TokenHeads token_heads(const Tensor& t) { return {pointer<void>(std::get<0>(t)), std::get<1>(t), std::get<2>(t)}; }
-
-Layout layout_of(const LayoutTuple& t, int64_t num_tokens) {
-  return {pointer<const int32_t>(std::get<0>(t)),
-          pointer<const int32_t>(std::get<1>(t)),
-          std::get<2>(t),
-          std::get<3>(t),
-          num_tokens,
-          std::get<4>(t)};
-}
 
 const KernelTable& table_of(const std::string& op) {
   for (int i = 0; i < kNumKernelTables; ++i)
@@ -98,26 +81,6 @@ int bound_block_attention_backward(const Tensor& grad_out, uintptr_t grad_lse, c
                                         pointer<float>(grad_sinks)};
   const py::gil_scoped_release release;
   return static_cast<int>(block_attention_backward(args, isa));
-}
-
-DocumentScoresArgs document_scores_args(int dtype, const Tensor& query, const Tensor& key, uintptr_t rows,
-                                        int64_t num_rows, uintptr_t out, int64_t max_documents,
-                                        const LayoutTuple& layout, int64_t num_tokens, const Heads& heads, float scale,
-                                        float softcap, int num_threads) {
-  return {static_cast<DType>(dtype),
-          token_heads(query),
-          token_heads(key),
-          pointer<const int64_t>(rows),
-          num_rows,
-          pointer<float>(out),
-          max_documents,
-          layout_of(layout, num_tokens),
-          std::get<0>(heads),
-          std::get<1>(heads),
-          std::get<2>(heads),
-          scale,
-          softcap,
-          num_threads};
 }
 
 template <Status (*kOp)(const DocumentScoresArgs&, int)>

@@ -5,11 +5,13 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <string>
 #include <tuple>
 #include <vector>
 
 #include "arguments.h"
 #include "cuda/candidate_logits.h"
+#include "cuda/document_scores.h"
 #include "cuda/listwise_loss.h"
 #include "cuda/lora_linear.h"
 
@@ -64,6 +66,41 @@ int bound_candidate_logits(int dtype, const Rows& hidden, const Rows& weight, co
   return cuda::candidate_logits(args, pointer<void>(workspace), pointer<void>(stream));
 }
 
+size_t bound_document_scores_workspace(const std::string& name, int64_t num_rows, int64_t num_tokens,
+                                       int64_t num_segments, int64_t max_documents, const Heads& heads) {
+  constexpr const char* kNames[] = {"document_logsumexp", "token_attention_mass", "document_logsumexp_backward",
+                                    "token_attention_mass_backward"};
+  const LayoutTuple layout{0, 0, num_segments, 0, false};
+  const DocumentScoresArgs args =
+      document_scores_args(0, {}, {}, 0, num_rows, 0, max_documents, layout, num_tokens, heads, 0, 0, 0);
+  for (int op = 0; op < 4; ++op)
+    if (name == kNames[op]) return cuda::document_scores_workspace(static_cast<cuda::DocumentScoresOp>(op), args);
+  throw py::value_error("unknown op " + name);
+}
+
+template <int (*kOp)(const DocumentScoresArgs&, void*, void*)>
+int bound_document_scores(int dtype, const Tensor& query, const Tensor& key, uintptr_t rows, int64_t num_rows,
+                          uintptr_t out, int64_t max_documents, const LayoutTuple& layout, int64_t num_tokens,
+                          const Heads& heads, float scale, float softcap, uintptr_t workspace, uintptr_t stream) {
+  const DocumentScoresArgs args = document_scores_args(dtype, query, key, rows, num_rows, out, max_documents, layout,
+                                                       num_tokens, heads, scale, softcap, 0);
+  const py::gil_scoped_release release;
+  return kOp(args, pointer<void>(workspace), pointer<void>(stream));
+}
+
+template <int (*kOp)(const DocumentScoresBackwardArgs&, void*, void*)>
+int bound_document_scores_backward(int dtype, const Tensor& query, const Tensor& key, uintptr_t rows, int64_t num_rows,
+                                   uintptr_t out, int64_t max_documents, const LayoutTuple& layout, int64_t num_tokens,
+                                   const Heads& heads, float scale, float softcap, uintptr_t grad_out,
+                                   uintptr_t grad_query, uintptr_t grad_key, uintptr_t workspace, uintptr_t stream) {
+  const DocumentScoresBackwardArgs args{document_scores_args(dtype, query, key, rows, num_rows, out, max_documents,
+                                                             layout, num_tokens, heads, scale, softcap, 0),
+                                        pointer<const float>(grad_out), pointer<float>(grad_query),
+                                        pointer<void>(grad_key)};
+  const py::gil_scoped_release release;
+  return kOp(args, pointer<void>(workspace), pointer<void>(stream));
+}
+
 int bound_lora_shrink(int dtype, int factor_dtype, const Rows& x, const std::array<int64_t, 3>& sizes,
                       const std::vector<Factor>& described, const Rows& sums, const Rows& coefficients,
                       const Segments& segments, const Dropout& dropout, uintptr_t stream) {
@@ -87,7 +124,9 @@ int bound_lora_expand(int dtype, int factor_dtype, const Rows& out, const std::a
 }  // namespace
 
 PYBIND11_MODULE(_C_cuda, module) {
-  module.doc() = "CUDA kernels of rankernel: listwise_loss, candidate_logits, lora_linear.";
+  module.doc() =
+      "CUDA kernels of rankernel: listwise_loss, candidate_logits, document_logsumexp, token_attention_mass, "
+      "lora_linear.";
 
   module.def("covered_kinds", [] {
     std::vector<int> kinds;
@@ -99,6 +138,11 @@ PYBIND11_MODULE(_C_cuda, module) {
   module.def("listwise_loss", bound_listwise_loss);
   module.def("candidate_logits_workspace", cuda::candidate_logits_workspace);
   module.def("candidate_logits", bound_candidate_logits);
+  module.def("document_scores_workspace", bound_document_scores_workspace);
+  module.def("document_logsumexp", bound_document_scores<cuda::document_logsumexp>);
+  module.def("document_logsumexp_backward", bound_document_scores_backward<cuda::document_logsumexp_backward>);
+  module.def("token_attention_mass", bound_document_scores<cuda::token_attention_mass>);
+  module.def("token_attention_mass_backward", bound_document_scores_backward<cuda::token_attention_mass_backward>);
   module.def("lora_shrink", bound_lora_shrink);
   module.def("lora_expand", bound_lora_expand);
 }

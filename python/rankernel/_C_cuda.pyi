@@ -37,6 +37,56 @@ def candidate_logits(
     stream: int,
     /,
 ) -> int: ...
+def document_scores_workspace(
+    name: str,  # of the op, as below
+    num_rows: int,
+    num_tokens: int,
+    num_segments: int,
+    max_documents: int,
+    heads: tuple[int, int, int],
+    /,
+) -> int: ...
+def document_logsumexp(
+    dtype: int,
+    query: tuple[int, int, int],  # device address, token stride, head stride
+    key: tuple[int, int, int],
+    rows: int,
+    num_rows: int,
+    out: int,
+    max_documents: int,
+    layout: tuple[int, int, int, int, bool],  # device addresses of cu_seqlens, list_offsets; segments, lists; causal
+    num_tokens: int,
+    heads: tuple[int, int, int],  # query heads, KV heads, head size
+    scale: float,
+    softcap: float,  # 0: none
+    workspace: int,  # device address, aligned to 16 bytes
+    stream: int,
+    /,
+) -> int: ...
+def document_logsumexp_backward(
+    dtype: int,
+    query: tuple[int, int, int],
+    key: tuple[int, int, int],
+    rows: int,
+    num_rows: int,
+    out: int,
+    max_documents: int,
+    layout: tuple[int, int, int, int, bool],
+    num_tokens: int,
+    heads: tuple[int, int, int],
+    scale: float,
+    softcap: float,
+    grad: int,
+    grad_query: int,
+    grad_key: int,
+    workspace: int,
+    stream: int,
+    /,
+) -> int: ...
+
+token_attention_mass = document_logsumexp
+token_attention_mass_backward = document_logsumexp_backward
+
 def lora_shrink(
     x_dtype: int,
     factor_dtype: int,

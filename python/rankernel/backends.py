@@ -22,7 +22,7 @@ from rankernel import _C
 OPS = ("block_attention", "candidate_logits", "document_scores", "listwise_loss", "lora_linear", "relevance_feedback")
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 GPU_KERNELS = {"block_attention": ("triton",)} | dict.fromkeys(
-    ("candidate_logits", "listwise_loss", "lora_linear"), ("triton", "cuda")
+    ("candidate_logits", "document_scores", "listwise_loss", "lora_linear"), ("triton", "cuda")
 )
 """Ops with kernels for CUDA tensors, and the backends that have them."""
 ISAS: tuple[str, ...] = tuple(_C.isas())

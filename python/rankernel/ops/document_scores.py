@@ -38,7 +38,8 @@ def document_logsumexp(
         query: [R, Hq, D], float32, bfloat16 or float16, the query rows alone.
         key: [T, Hkv, D], Hkv divides Hq; dtype and device of query.
         layout: where the lists lie, on the device of query.
-        rows: [R] integers, packed position of every query row, in any order.
+        rows: [R] integers, packed position of every query row, in any order. Out of range they are an error on the CPU
+            and NaN on CUDA.
         scale: multiplies the logits; 1 / sqrt(D) by default.
         softcap: logits become softcap * tanh(logits / softcap).
 
@@ -71,7 +72,8 @@ def token_attention_mass(
         query: [R, Hq, D], float32, bfloat16 or float16, the query rows alone.
         key: [T, Hkv, D], Hkv divides Hq; dtype and device of query.
         layout: where the lists lie, on the device of query.
-        rows: [R] integers, packed position of every query row, in any order.
+        rows: [R] integers, packed position of every query row, in any order. Out of range they are an error on the CPU
+            and of no list on CUDA.
         scale: multiplies the logits; 1 / sqrt(D) by default.
         softcap: logits become softcap * tanh(logits / softcap).
 
@@ -94,7 +96,7 @@ def _call(
     scale: float | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    _checks.check_layout(layout)
+    _checks.check_layout(layout, key=key)
     scale = _checks.check_scale(query.shape[-1], scale, softcap)
     return op(
         query, key, rows, layout.cu_seqlens, layout.list_offsets, layout.causal, layout.max_documents,
@@ -115,8 +117,12 @@ def _check(query: torch.Tensor, key: torch.Tensor, rows: torch.Tensor, cu_seqlen
     return rows.to(torch.int64).contiguous()
 
 
+def _implementation(query: torch.Tensor) -> str:
+    return "cpu" if query.device.type == "cpu" else backends.gpu_implementation()
+
+
 def _run(
-    native: Any,
+    op: str,
     query: torch.Tensor,
     key: torch.Tensor,
     rows: torch.Tensor,
@@ -129,10 +135,10 @@ def _run(
     out: torch.Tensor,
     *gradients: torch.Tensor,
 ) -> None:
-    """Calls a kernel, which reads or writes ``out`` and the gradients: contiguous, in the order of the bindings."""
-    query, key = _checks.rows_contiguous(query), _checks.rows_contiguous(key)
-    status = native(
-        backends.isa_level(),
+    """Calls a native kernel; ``out`` and the gradients are contiguous, and in the order of the bindings."""
+    heads = (query.shape[1], key.shape[1], query.shape[2])
+    num_segments = cu_seqlens.numel() - 1
+    arguments = (
         _checks.NATIVE_DTYPES[query.dtype],
         _checks.address(query),
         _checks.address(key),
@@ -140,22 +146,30 @@ def _run(
         rows.numel(),
         out.data_ptr(),
         max_documents,
-        (cu_seqlens.data_ptr(), list_offsets.data_ptr(), cu_seqlens.numel() - 1, list_offsets.numel() - 1, causal),
+        (cu_seqlens.data_ptr(), list_offsets.data_ptr(), num_segments, list_offsets.numel() - 1, causal),
         key.shape[0],
-        (query.shape[1], key.shape[1], query.shape[2]),
+        heads,
         scale,
         softcap or 0.0,
-        torch.get_num_threads(),
-        *(gradient.data_ptr() for gradient in gradients),
     )
-    if status:
-        _checks.check_tokens(cu_seqlens, key=key)
-        _checks.check_status(status, rows)
+    addresses = [gradient.data_ptr() for gradient in gradients]
+    if query.device.type == "cpu":
+        if status := getattr(_C, op)(backends.isa_level(), *arguments, torch.get_num_threads(), *addresses):
+            _checks.check_tokens(cu_seqlens, key=key)
+            _checks.check_status(status, rows)
+        return
+    extension = _checks.gpu_kernels("document_scores", "cuda")
+    with torch.cuda.device(query.device):
+        size = extension.document_scores_workspace(
+            op, rows.numel(), key.shape[0], num_segments, max_documents, heads
+        )  # fmt: skip
+        workspace = query.new_empty(size, dtype=torch.uint8)
+        stream = torch.cuda.current_stream().cuda_stream
+        torch.cuda.check_error(getattr(extension, op)(*arguments, *addresses, workspace.data_ptr(), stream))
 
 
 def _implement(name: str, reference_forward: Any, reference_backward: Any, output_shape: Any) -> None:
     """Registers one of the two ops: implementation, fake, backward and autograd differ only in the given functions."""
-    native, native_backward = getattr(_C, name), getattr(_C, f"{name}_backward")
 
     def forward(
         query: torch.Tensor,
@@ -169,14 +183,19 @@ def _implement(name: str, reference_forward: Any, reference_backward: Any, outpu
         softcap: float | None,
     ) -> torch.Tensor:
         rows = _check(query, key, rows, cu_seqlens)
-        if backends.native_refused(name, _checks.why_no_kernel(query)):
+        implementation = _implementation(query)
+        if backends.native_refused(name, _checks.why_no_kernel(query, implementation), implementation):
             _checks.check_tokens(cu_seqlens, key=key)
             if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < key.shape[0]:
                 _checks.check_status(_checks.BAD_ROWS, rows)
             layout = _checks.layout_of(cu_seqlens, list_offsets, causal)
             return reference_forward(query, key, layout, rows, scale=scale, softcap=softcap)
+        query, key = _checks.rows_contiguous(query), _checks.rows_contiguous(key)
+        arguments = (query, key, rows, cu_seqlens, list_offsets, causal, max_documents, scale, softcap)
+        if implementation == "triton":
+            return getattr(_checks.gpu_kernels("document_scores", "triton"), name)(*arguments)
         out = query.new_empty(output_shape(query, key, max_documents), dtype=torch.float32)
-        _run(native, query, key, rows, cu_seqlens, list_offsets, causal, max_documents, scale, softcap, out)
+        _run(name, *arguments, out)
         return out
 
     def fake(
@@ -206,16 +225,19 @@ def _implement(name: str, reference_forward: Any, reference_backward: Any, outpu
         softcap: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         rows = _check(query, key, rows, cu_seqlens)
-        if backends.native_refused(name, _checks.why_no_kernel(query)):
+        implementation = _implementation(query)
+        if backends.native_refused(name, _checks.why_no_kernel(query, implementation), implementation):
             layout = _checks.layout_of(cu_seqlens, list_offsets, causal)
             return reference_backward(grad, result, query, key, layout, rows, scale=scale, softcap=softcap)
         grad, result = grad.contiguous(), result.contiguous()
+        query, key = _checks.rows_contiguous(query), _checks.rows_contiguous(key)
+        arguments = (query, key, rows, cu_seqlens, list_offsets, causal, max_documents, scale, softcap)
+        if implementation == "triton":
+            kernels = _checks.gpu_kernels("document_scores", "triton")
+            return getattr(kernels, f"{name}_backward")(grad, result, *arguments)
         grad_query = query.new_empty(query.shape, dtype=torch.float32)
         grad_key = key.new_empty(key.shape)
-        _run(
-            native_backward, query, key, rows, cu_seqlens, list_offsets, causal, max_documents, scale, softcap,
-            result, grad, grad_query, grad_key,
-        )  # fmt: skip
+        _run(f"{name}_backward", *arguments, result, grad, grad_query, grad_key)
         return grad_query.to(query.dtype), grad_key
 
     def fake_backward(
