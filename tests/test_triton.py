@@ -40,7 +40,7 @@ def usage_of(module: str, number: int, target: str, **constants: object) -> tupl
     """
     case = importlib.import_module(module).COMPILE_CASES[number]
     aligned = {(list(case.signature).index(name),): [["tt.divisibility", 16]] for name in case.aligned}
-    warps = case.num_threads // TARGETS[target][2] or case.num_warps
+    warps = case.num_warps * 32 // TARGETS[target][2] if case.same_threads else case.num_warps
     compiled = triton.compile(
         triton.compiler.ASTSource(case.kernel, dict(case.signature), {**case.constants, **constants}, aligned),
         target=triton.backends.compiler.GPUTarget(*TARGETS[target]),

@@ -19,7 +19,7 @@ class CompileCase(NamedTuple):
         constants: value of every compile-time argument; None for a pointer that is left out.
         num_warps, num_stages: as launched.
         aligned: arguments that are launched with multiples of 16.
-        num_threads: where these are the same on every GPU, and ``num_warps`` is that of a warp of 32.
+        same_threads: ``num_warps`` is that of a warp of 32, and others get as many threads.
     """
 
     kernel: Any
@@ -28,7 +28,7 @@ class CompileCase(NamedTuple):
     num_warps: int
     num_stages: int = 3
     aligned: tuple[str, ...] = ()
-    num_threads: int = 0
+    same_threads: bool = False
 
 
 @triton.jit
@@ -37,6 +37,19 @@ def bounds(offsets, number, num_items):
     begin = tl.minimum(tl.maximum(tl.load(offsets + number), 0), num_items)
     end = tl.minimum(tl.maximum(tl.load(offsets + number + 1), begin), num_items)
     return begin, end
+
+
+@triton.jit
+def list_of(list_offsets, segment, num_lists):
+    """Number of the list that has a segment."""
+    low, high = segment * 0, num_lists - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if tl.load(list_offsets + middle) <= segment:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 @triton.jit
@@ -57,3 +70,16 @@ def tile_of(offsets, num_items, num_lists, ROWS: tl.constexpr):
             high = middle - 1
     begin, end = bounds(offsets, low, num_items)
     return low, begin, end, begin + (program - low - begin // ROWS) * ROWS
+
+
+@triton.jit
+def tanh(x):
+    """As in csrc/cpu/simd/math.h, about 2 ulp: a polynomial where 1 - 2 / (exp(2x) + 1) would cancel."""
+    size, square = tl.abs(x), x * x
+    p = -5.659988945e-03 * square + 2.059098862e-02
+    p = p * square - 5.372106828e-02
+    p = p * square + 1.333112754e-01
+    p = p * square - 3.333326053e-01
+    p = p * square + 1
+    large = 1 - 2 / (tl.exp(2 * size) + 1)
+    return tl.where(size < 0.625, x * p, tl.where(x < 0, -large, large))

@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import CompileCase, bounds
+from ._common import CompileCase, bounds, list_of, tanh
 
 CHUNK = 1024  # tokens of a far range that one program walks
 SHARE = 4  # partial results are those of at most 1 / SHARE as many tokens as there are
@@ -62,14 +62,8 @@ def _plan_kernel(
     segment = tl.program_id(0)
     begin, end = bounds(cu_seqlens, segment, num_tokens)
     length = end - begin
-    low, high = segment * 0, num_lists - 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        if tl.load(list_offsets + middle) <= segment:
-            low = middle
-        else:
-            high = middle - 1
-    first, last = bounds(list_offsets, low, num_segments)
+    number = list_of(list_offsets, segment, num_lists)
+    first, last = bounds(list_offsets, number, num_segments)
     last = tl.maximum(last - 1, first)
     list_begin, prefix_end = bounds(cu_seqlens, tl.minimum(first, num_segments - 1), num_tokens)
     tail_begin, list_end = bounds(cu_seqlens, tl.minimum(last, num_segments - 1), num_tokens)
@@ -101,7 +95,7 @@ def _plan_kernel(
         parts = tl.maximum(tl.minimum(tl.cdiv(far_end - far_begin, CHUNK), room), 1)
     if parts > 1:
         # tiles parts <= (length / TILE + 1) parts <= tokens / (SHARE TILE) + tokens / CHUNK + 1
-        slot = list_begin // (SHARE * TILE) + list_begin // CHUNK + 2 * low
+        slot = list_begin // (SHARE * TILE) + list_begin // CHUNK + 2 * number
     else:
         slot = first_short
         for start in range(0, num_segments, BLOCK):
@@ -155,6 +149,12 @@ def _tile(plan, num_units):
 
 
 @triton.jit
+def _place(tile, begin):
+    """Of the first token of a tile's part, among the partial results."""
+    return begin + tl.load(tile + 8) + tl.load(tile + 7) * tl.load(tile + 9)
+
+
+@triton.jit
 def _heads_of(unit, rows, GROUP: tl.constexpr, HEADS: tl.constexpr):
     """KV head of a unit, its first query head, and of every row its head from there on, and whether it exists."""
     blocks: tl.constexpr = (GROUP + HEADS - 1) // HEADS
@@ -184,11 +184,11 @@ def _store(pointer, offsets, inside, x, D: tl.constexpr):
 
 @triton.jit
 def _logits(products, scale, softcap):
-    """x and a factor: x factor are the logits in base 2, x their tanh under a softcap, where scale is divided by it."""
+    """x and a factor: x factor are the logits in base 2, x their tanh under a softcap; scale: see _Call."""
     if softcap is None:
         x, factor = products, scale
     else:
-        x, factor = 1 - 2 / (1 + tl.exp2(products * (2 * scale))), softcap * _LOG2E
+        x, factor = tanh(products * scale), softcap * _LOG2E
     return x, factor
 
 
@@ -267,7 +267,7 @@ def _forward_kernel(
             peak = highest
     offsets = tokens * num_heads + heads
     if tl.load(tile + 6) > 1:
-        place = begin + tl.load(tile + 8) + tl.load(tile + 7) * tl.load(tile + 9)
+        place = _place(tile, begin)
         logit = tl.where(total > 0, peak + tl.log2(tl.where(total > 0, total, 1)), float("-inf"))
         tl.store(_at(part_lse, place, first_head, num_heads, 1) + offsets, logit, mask=exist)
         sums = sums / tl.where(total > 0, total, 1)[:, None]
@@ -388,7 +388,7 @@ def _grad_query_kernel(
             _, grad = _grad_logits(x, factor, grad_p, row_lse, row_delta, softcap)
             sums = tl.dot(grad.to(k.dtype), k, sums, input_precision=PRECISION)
     if tl.load(tile + 6) > 1:
-        place = begin + tl.load(tile + 8) + tl.load(tile + 7) * tl.load(tile + 9)
+        place = _place(tile, begin)
         _store(_at(part_grad, place, first_head, num_heads * D, D), offsets * D, exist, sums, D)
     else:
         sums *= grad_scale
@@ -453,7 +453,7 @@ def _grad_key_kernel(
                 sums_k = tl.dot(grad.to(q.dtype), q, sums_k, input_precision=PRECISION)
     step = num_units * D
     if tl.load(tile + 6) > 1:
-        place = begin + tl.load(tile + 8) + tl.load(tile + 7) * tl.load(tile + 9)
+        place = _place(tile, begin)
         _store(_at(part_grad_key, place, kv_head, step, D), keys * step, exist, sums_k, D)
         _store(_at(part_grad_value, place, kv_head, step, D), keys * step, exist, sums_v, D)
     else:
@@ -521,7 +521,8 @@ class _Call:
         self.cu_seqlens, self.list_offsets = cu_seqlens, list_offsets
         self.inputs = (query, key, value)
         self.strides = [stride for tensor in self.inputs for stride in tensor.stride()[:2]]
-        self.options = (scale * LOG2E / (softcap or 1.0), softcap, window)
+        # Without a softcap one factor makes logits in base 2.
+        self.options = (scale * LOG2E if softcap is None else scale / softcap, softcap, window)
         group = self.num_heads // self.num_kv_heads
         self.shape = _Shape(head_size, group, query.dtype)
         self.num_units = self.num_kv_heads * triton.cdiv(group, self.shape.heads)
@@ -663,7 +664,7 @@ def _case(kernel: Any, constants: dict[str, Any], dtype: torch.dtype, threads: i
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     strides = [name for name in kernel.arg_names if name.endswith(("_token", "_head"))]
     aligned = (*strides, *(name for name, type_name in signature.items() if type_name.startswith("*")))
-    return CompileCase(kernel, signature, constants, threads // 32, STAGES, aligned, threads)
+    return CompileCase(kernel, signature, constants, threads // 32, STAGES, aligned, same_threads=True)
 
 
 def _cases(head_size: int, group: int, dtype: torch.dtype, without: dict[str, None]) -> list[CompileCase]:

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import CompileCase
+from ._common import CompileCase, tanh
 
 ENTRIES = 128  # of the vocabulary in a tile
 TILE_BYTES = 128  # of every weight and hidden row that one step multiplies: a line of shared memory
@@ -30,26 +30,13 @@ _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # exp(_LOWEST - anything
 
 
 @triton.jit
-def _tanh(x):
-    """As in csrc/cpu/simd/math.h, about 2 ulp: a polynomial where 1 - 2 / (exp(2x) + 1) would cancel."""
-    size, square = tl.abs(x), x * x
-    p = -5.659988945e-03 * square + 2.059098862e-02
-    p = p * square - 5.372106828e-02
-    p = p * square + 1.333112754e-01
-    p = p * square - 3.333326053e-01
-    p = p * square + 1
-    large = 1 - 2 / (tl.exp(2 * size) + 1)
-    return tl.where(size < 0.625, x * p, tl.where(x < 0, -large, large))
-
-
-@triton.jit
 def _finish(x, ids, valid, bias, scale, softcap):
     """The logits z made of products x; ids and valid are broadcast against x."""
     if bias is not None:
         x += tl.load(bias + ids, mask=valid, other=0).to(tl.float32)
     x *= scale
     if softcap is not None:
-        x = softcap * _tanh(x / softcap)
+        x = softcap * tanh(x / softcap)
     return x
 
 

@@ -24,8 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import CompileCase, bounds, tile_of
-from .candidate_logits import _tanh
+from ._common import CompileCase, bounds, list_of, tanh, tile_of
 
 PROGRAMS = 512  # that keep the largest GPUs busy
 FILL = 1024  # elements that a program fills
@@ -36,16 +35,9 @@ _PRECISION = tl.constexpr("bf16x6")
 
 
 @triton.jit
-def _list_of(list_offsets, segment, num_segments, num_lists):
+def _ends_of_list(list_offsets, segment, num_segments, num_lists):
     """First segment and tail of the list that has a segment."""
-    low, high = segment * 0, num_lists - 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        if tl.load(list_offsets + middle) <= segment:
-            low = middle
-        else:
-            high = middle - 1
-    first, end = bounds(list_offsets, low, num_segments)
+    first, end = bounds(list_offsets, list_of(list_offsets, segment, num_lists), num_segments)
     return first, tl.maximum(end - 1, 0)
 
 
@@ -130,8 +122,8 @@ def _logits(products, scale, softcap):
     if softcap is None:
         logits, slope = products * scale, 1.0
     else:
-        tanh = _tanh(products * (scale / softcap))
-        logits, slope = tanh * softcap, 1 - tanh * tanh
+        share = tanh(products * (scale / softcap))
+        logits, slope = share * softcap, 1 - share * share
     return logits, slope
 
 
@@ -176,7 +168,7 @@ def _lse_kernel(
     blocks: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     segment, kv_head = tl.program_id(0), tl.program_id(1) // blocks
     num_heads = tl.num_programs(1) // blocks * GROUP
-    first_segment, tail = _list_of(list_offsets, segment, num_segments, num_lists)
+    first_segment, tail = _ends_of_list(list_offsets, segment, num_segments, num_lists)
     tiles, rows = _rows_that_see(row_starts, segment, first_segment, tail, CAUSAL, ROWS)
     begin, end = bounds(cu_seqlens, segment, num_tokens)
     column = segment - first_segment
@@ -227,7 +219,7 @@ def _mass_kernel(
     blocks: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     segment, _, end, first = tile_of(cu_seqlens, num_tokens, num_segments, KEYS)
     kv_head, num_heads = tl.program_id(1), tl.num_programs(1) * GROUP
-    first_segment, tail = _list_of(list_offsets, segment, num_segments, num_lists)
+    first_segment, tail = _ends_of_list(list_offsets, segment, num_segments, num_lists)
     tiles, rows = _rows_that_see(row_starts, segment, first_segment, tail, CAUSAL, ROWS)
     list_rows = tl.load(row_starts + tail + 1) - tl.load(row_starts + first_segment)
     key_lines = _key_lines(key, kv_head, first, end - first, key_stride, key_head_stride, KEYS)
@@ -260,7 +252,7 @@ def _grad_key_kernel(
     blocks: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     segment, _, end, first = tile_of(cu_seqlens, num_tokens, num_segments, KEYS)
     kv_head, num_heads = tl.program_id(1), tl.num_programs(1) * GROUP
-    first_segment, tail = _list_of(list_offsets, segment, num_segments, num_lists)
+    first_segment, tail = _ends_of_list(list_offsets, segment, num_segments, num_lists)
     tiles, rows = _rows_that_see(row_starts, segment, first_segment, tail, CAUSAL, ROWS)
     key_lines = _key_lines(key, kv_head, first, end - first, key_stride, key_head_stride, KEYS)
     keys = _load(key_lines, 0, HEAD_SIZE, SIZE)

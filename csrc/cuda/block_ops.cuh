@@ -16,6 +16,13 @@ constexpr unsigned kBlock = 128;  // threads of every block
 
 __host__ __device__ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Values that are loaded and stored at once: what 16 bytes hold, unless told.
+template <class T, int kCount = 16 / sizeof(T)>
+struct alignas(sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16) Vector {
+  static constexpr int kSize = kCount;
+  T values[kCount];
+};
+
 // Kahan's sum: as exact as one rounding however many terms there are, so that long lists need no float64.
 class Sum {
  public:

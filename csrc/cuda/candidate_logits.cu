@@ -35,12 +35,6 @@ struct ExpSum {
 
 constexpr ExpSum kEmpty{-FLT_MAX, 0};  // finite, so that -inf may follow
 
-template <class T>
-struct alignas(16) Vector {
-  static constexpr int kSize = 16 / sizeof(T);
-  T values[kSize];
-};
-
 // values[begin ...], zeros from `size` on.
 template <class T, bool kAligned>
 __device__ Vector<T> load(const T* values, int64_t begin, int64_t size) {

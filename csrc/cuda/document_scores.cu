@@ -212,11 +212,6 @@ struct Heads {
   }
 };
 
-template <class T>
-struct alignas(16) Vector {
-  static constexpr int kSize = 16 / sizeof(T);
-  T values[kSize];
-};
 using Four = Vector<float>;
 
 // The gap keeps rows that are read together in different banks.

@@ -30,11 +30,6 @@ struct Launch {
 static_assert(sizeof(Launch<LoraShrinkArgs>) + 16 <= 4096, "what a kernel's parameters may take");
 
 template <class T, int kSize>
-struct alignas(sizeof(T) * kSize < 16 ? sizeof(T) * kSize : 16) Vector {
-  T values[kSize];
-};
-
-template <class T, int kSize>
 __host__ __device__ bool are_vectors(const void* data, int64_t stride, int64_t size) {
   constexpr int64_t kBytes = alignof(Vector<T, kSize>);
   return reinterpret_cast<uintptr_t>(data) % kBytes == 0 && stride * sizeof(T) % kBytes == 0 && size % kSize == 0;

@@ -135,8 +135,10 @@ def isa_level() -> int:
 _warned: set[str] = set()
 
 
-def gpu_implementation() -> str:
-    """What runs on CUDA tensors: ``"cuda"``, the C++ extension, where it is forced, else ``"triton"``."""
+def implementation_for(tensor: torch.Tensor) -> str:
+    """``"cpu"``, or what runs on CUDA tensors: ``"cuda"``, the C++ extension, where it is forced, else ``"triton"``."""
+    if tensor.device.type == "cpu":
+        return "cpu"
     return "cuda" if _choice.get().backend == "cuda" else "triton"
 
 

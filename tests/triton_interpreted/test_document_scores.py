@@ -15,7 +15,7 @@ import rankernel
 from attention_cases import DTYPES, Problem, assert_close, problems
 from rankernel import BlockLayout, backends, reference
 from rankernel.layout import Pattern
-from rankernel.ops import _checks, document_scores
+from rankernel.ops import _checks
 from rankernel.reference.block_attention import attention_logits
 
 pytestmark = [
@@ -226,7 +226,7 @@ def test_layouts_that_are_none(name: str) -> None:
 
 @every_op
 def test_public_function(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(document_scores, "_implementation", lambda query: "triton")
+    monkeypatch.setattr(backends, "implementation_for", lambda tensor: "triton")
     monkeypatch.setattr(_checks, "why_no_kernel_of", lambda implementation, tensor: None)
     problem = make_problem([(4, [6, 5], 3), (1, [2], 2)], (4, 2, 16))
     rows = torch.tensor([22, 17], dtype=torch.int32)

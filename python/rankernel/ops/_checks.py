@@ -6,6 +6,7 @@ import functools
 import importlib
 import itertools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,9 +32,8 @@ def check_layout(layout: object, **tensors: torch.Tensor) -> None:
     """
     if not isinstance(layout, BlockLayout):
         raise TypeError(f"layout: expected a BlockLayout, got {type(layout).__name__}")
-    for name, tensor in () if torch.compiler.is_compiling() else tensors.items():
-        if tensor.dim() == 3 and tensor.shape[0] != layout.num_tokens:
-            raise ValueError(f"{name}: expected {layout.num_tokens} tokens as in the layout, got {tensor.shape[0]}")
+    if not torch.compiler.is_compiling():
+        _check_tokens(layout.num_tokens, {name: tensor for name, tensor in tensors.items() if tensor.dim() == 3})
 
 
 def check_scale(head_size: int, scale: float | None, softcap: float | None) -> float:
@@ -79,7 +79,10 @@ def check_device(cu_seqlens: torch.Tensor, tensor: torch.Tensor) -> None:
 
 def check_tokens(cu_seqlens: torch.Tensor, **tensors: torch.Tensor) -> None:
     """Raises ValueError for the first tensor whose length is not the number of packed tokens. Reads cu_seqlens."""
-    num_tokens = int(cu_seqlens[-1])
+    _check_tokens(int(cu_seqlens[-1]), tensors)
+
+
+def _check_tokens(num_tokens: int, tensors: Mapping[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.shape[0] != num_tokens:
             raise ValueError(f"{name}: expected {num_tokens} tokens as in the layout, got {tensor.shape[0]}")

@@ -133,7 +133,7 @@ def _forward(
 
 def _refused(query: torch.Tensor) -> bool:
     """Whether the reference runs."""
-    implementation = "cpu" if query.device.type == "cpu" else backends.gpu_implementation()
+    implementation = backends.implementation_for(query)
     why_not = _checks.why_no_kernel(query, implementation)
     if implementation == "cuda":
         why_not = "it has no kernel in CUDA C++"

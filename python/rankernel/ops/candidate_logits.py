@@ -125,7 +125,7 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Result [B, C], and with ``log_probs`` the log-sum-exp of every row [B], else an empty tensor."""
     candidates = _check(hidden, weight, candidates, bias)
-    implementation = "cpu" if hidden.device.type == "cpu" else backends.gpu_implementation()
+    implementation = backends.implementation_for(hidden)
     if backends.native_refused("candidate_logits", _checks.why_no_kernel_of(implementation, hidden), implementation):
         return _in_pytorch(hidden, weight, candidates, bias, scale, softcap, log_probs)
     hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()

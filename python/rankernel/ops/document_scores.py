@@ -117,10 +117,6 @@ def _check(query: torch.Tensor, key: torch.Tensor, rows: torch.Tensor, cu_seqlen
     return rows.to(torch.int64).contiguous()
 
 
-def _implementation(query: torch.Tensor) -> str:
-    return "cpu" if query.device.type == "cpu" else backends.gpu_implementation()
-
-
 def _run(
     op: str,
     query: torch.Tensor,
@@ -183,7 +179,7 @@ def _implement(name: str, reference_forward: Any, reference_backward: Any, outpu
         softcap: float | None,
     ) -> torch.Tensor:
         rows = _check(query, key, rows, cu_seqlens)
-        implementation = _implementation(query)
+        implementation = backends.implementation_for(query)
         if backends.native_refused(name, _checks.why_no_kernel(query, implementation), implementation):
             _checks.check_tokens(cu_seqlens, key=key)
             if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < key.shape[0]:
@@ -225,7 +221,7 @@ def _implement(name: str, reference_forward: Any, reference_backward: Any, outpu
         softcap: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         rows = _check(query, key, rows, cu_seqlens)
-        implementation = _implementation(query)
+        implementation = backends.implementation_for(query)
         if backends.native_refused(name, _checks.why_no_kernel(query, implementation), implementation):
             layout = _checks.layout_of(cu_seqlens, list_offsets, causal)
             return reference_backward(grad, result, query, key, layout, rows, scale=scale, softcap=softcap)

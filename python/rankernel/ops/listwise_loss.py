@@ -126,7 +126,7 @@ def _forward(
     seed: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _check(scores, labels, offsets, where)
-    implementation = "cpu" if scores.device.type == "cpu" else backends.gpu_implementation()
+    implementation = backends.implementation_for(scores)
     if backends.native_refused("listwise_loss", _why_no_kernel(scores, kind, implementation), implementation):
         return _in_pytorch(scores, labels, offsets, where, kind, reduction, settings, seed)
     scores, labels = scores.contiguous(), labels.to(torch.float32).contiguous()

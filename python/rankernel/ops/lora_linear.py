@@ -459,7 +459,7 @@ def _described(
 
 
 def _kernels(x: torch.Tensor, call: _Call) -> _Kernels:
-    implementation = "cpu" if x.device.type == "cpu" else backends.gpu_implementation()
+    implementation = backends.implementation_for(x)
     if backends.native_refused("lora_linear", _checks.why_no_kernel_of(implementation, x), implementation):
         implementation = "reference"
     return _Kernels(implementation, call.segments, call.dropout)
