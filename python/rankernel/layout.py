@@ -88,12 +88,14 @@ class BlockLayout:
         return cls(tensors, cleaned, pattern)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> BlockLayout:
-        """The same layout with its tensors on ``device``; copied once per device and remembered."""
+        """The same layout with its tensors on ``device``; copied once per device and remembered.
+
+        With ``non_blocking`` a copy to a GPU is work of the current stream, which other streams have to wait for.
+        """
         device = torch.empty(0, device=device).device
         if device not in self._on_device:
             tensors = (self.cu_seqlens, self.roles, self.list_offsets, self.document_offsets)
-            tensors_there = [tensor.to(device, non_blocking=non_blocking) for tensor in tensors]
-            moved = BlockLayout(tensors_there, self.lengths, self.pattern)
+            moved = BlockLayout([moved_to(t, device, non_blocking) for t in tensors], self.lengths, self.pattern)
             moved._on_device = self._on_device
             self._on_device[device] = moved
         return self._on_device[device]
@@ -137,7 +139,7 @@ class BlockLayout:
                 if scheme == "shared":
                     start = (0, prefix_length, tail_offset)[role]
                 positions[begin:end] = torch.arange(start, start + end - begin)
-        return positions.to(self.cu_seqlens.device)
+        return moved_to(positions, self.cu_seqlens.device, non_blocking=True)
 
     def tail_positions(self, last: int = 1) -> torch.Tensor:
         """Packed positions of the last ``last`` tail tokens of every list, int64 [num_lists * last].
@@ -151,7 +153,7 @@ class BlockLayout:
             if end - begin < last:
                 raise ValueError(f"last: expected at most the tail length, {end - begin} in list {index}, got {last}")
             positions += range(end - last, end)
-        return torch.tensor(positions, dtype=torch.int64, device=self.cu_seqlens.device)
+        return moved_to(torch.tensor(positions, dtype=torch.int64), self.cu_seqlens.device, non_blocking=True)
 
     def dense_mask(self, window: int | None = None) -> torch.Tensor:
         """Bool [T, T], True where row i sees key j. For references and tests: quadratic memory.
@@ -180,6 +182,14 @@ class BlockLayout:
             f"BlockLayout(num_tokens={self.num_tokens}, num_lists={self.num_lists}, "
             f"num_documents={self.num_documents}, pattern={self.pattern!r})"
         )
+
+
+def moved_to(tensor: torch.Tensor, device: torch.device | str | int, non_blocking: bool = False) -> torch.Tensor:
+    """As ``Tensor.to``; ``non_blocking`` counts only towards a GPU, which then is given pinned memory: other blocks."""
+    non_blocking = non_blocking and torch.device(device).type == "cuda"
+    if non_blocking and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=non_blocking)
 
 
 def _clean(index: int, entry: ListLengths) -> tuple[int, tuple[int, ...], int]:

@@ -6,6 +6,7 @@ Importing this imports neither transformers nor peft.
 from rankernel.models.attach import AttachReport, attach, attached, detach
 from rankernel.models.attention import MassRequest, ScoreRequest, model_inputs
 from rankernel.models.early_exit import early_exit, layer_scores
+from rankernel.models.graphs import LayerScoreGraphs
 from rankernel.models.heads import Head, final_hidden_states, head_of
 from rankernel.models.lora import FuseReport, fuse_lora, mixed_adapters, unfuse_lora
 from rankernel.models.packing import PackedPrompts, pack_prompts
@@ -14,6 +15,7 @@ __all__ = [
     "AttachReport",
     "FuseReport",
     "Head",
+    "LayerScoreGraphs",
     "MassRequest",
     "PackedPrompts",
     "ScoreRequest",

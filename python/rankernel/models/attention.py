@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, Self
 
 import torch
 
-from rankernel.layout import BlockLayout
+from rankernel.layout import BlockLayout, moved_to
 from rankernel.ops import block_attention, document_logsumexp, token_attention_mass
 
 NAME = "rankernel"
@@ -54,7 +54,7 @@ class Request(ABC):
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Self:
         """The same request with its rows on ``device``."""
         moved = copy.copy(self)
-        moved.row_groups = tuple(rows.to(device, non_blocking=non_blocking) for rows in self.row_groups)
+        moved.row_groups = tuple(moved_to(rows, device, non_blocking) for rows in self.row_groups)
         return moved
 
     @abstractmethod
@@ -189,7 +189,7 @@ def model_inputs(
         scores: what to return in ``outputs.attentions``: a :class:`ScoreRequest` or a :class:`MassRequest`.
 
     Raises:
-        ValueError: shapes or positions that do not fit the layout.
+        ValueError: shapes or positions that do not fit the layout; rows outside it, if they are on the CPU.
     """
     input_ids = _packed_row("input_ids", input_ids, layout)
     device = input_ids.device
@@ -198,16 +198,18 @@ def model_inputs(
         position_ids = layout.position_ids(position_scheme, tail_offset)
     inputs = {
         "input_ids": input_ids,
-        "position_ids": _packed_row("position_ids", position_ids, layout).to(device),
+        "position_ids": moved_to(_packed_row("position_ids", position_ids, layout), device, non_blocking=True),
         "attention_mask": torch.empty(1, 1, 0, 0, device=device),
         "use_cache": False,
         "block_layout": layout,
     }
     if scores is not None:
         for rows in scores.row_groups:
-            if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < layout.num_tokens:
+            if rows.is_cuda or not rows.numel():
+                continue  # reading rows of a GPU would wait for it
+            if not 0 <= int(rows.min()) <= int(rows.max()) < layout.num_tokens:
                 raise ValueError(f"scores: expected rows in [0, {layout.num_tokens}), got {rows.tolist()}")
-        inputs |= {"block_scores": scores.to(device), "output_attentions": True}
+        inputs |= {"block_scores": scores.to(device, non_blocking=True), "output_attentions": True}
     return inputs
 
 

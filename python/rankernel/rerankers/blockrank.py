@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from rankernel.layout import BlockLayout, Pattern
-from rankernel.models import attach, layer_scores
+from rankernel.layout import BlockLayout, Pattern, moved_to
+from rankernel.models import LayerScoreGraphs, attach, layer_scores
 from rankernel.models.attach import decoder_of
 from rankernel.rerankers.loading import file_of, load, source_of
 from rankernel.rerankers.prompts import BLOCKRANK, BlockPrompt, PromptBlocks, build_blocks
@@ -122,6 +122,8 @@ class BlockRank(Reranker):
         position_scheme: ``"shared"`` or ``"sequential"``.
         pattern: ``"block"`` or ``"causal"``.
         rank_prior: how much the order of the candidates counts, see :class:`BlockRankSettings`.
+        cuda_graphs: whether to replay CUDA graphs, see :class:`rankernel.models.LayerScoreGraphs`: worth it where
+            launching takes longer than running, so for small models and short lists.
 
     Raises:
         ValueError: ``layer`` is not one of the model's, or an argument is out of range.
@@ -139,6 +141,7 @@ class BlockRank(Reranker):
         position_scheme: PositionScheme = "shared",
         pattern: Pattern = "block",
         rank_prior: float = 0.0,
+        cuda_graphs: bool = False,
     ) -> None:
         num_layers = len(decoder_of(model).layers)
         if not 0 <= layer < num_layers:
@@ -157,6 +160,9 @@ class BlockRank(Reranker):
         self.settings = BlockRankSettings(
             layer, prompt, max_document_tokens, tail_offset, position_scheme, pattern, rank_prior
         )
+        self._graphs: LayerScoreGraphs | None = None
+        if cuda_graphs:
+            self._graphs = LayerScoreGraphs(model, layer, position_scheme=position_scheme, tail_offset=tail_offset)
 
     @classmethod
     def from_pretrained(
@@ -171,6 +177,7 @@ class BlockRank(Reranker):
         position_scheme: PositionScheme | None = None,
         pattern: Pattern | None = None,
         rank_prior: float | None = None,
+        cuda_graphs: bool = False,
         dtype: torch.dtype | Literal["auto"] = "auto",
         device: torch.device | str | None = None,
     ) -> BlockRank:
@@ -185,6 +192,7 @@ class BlockRank(Reranker):
             tokenizer: by default the one saved with the model.
             prompt, max_document_tokens, tail_offset, position_scheme, pattern, rank_prior: see
                 :class:`BlockRankSettings`.
+            cuda_graphs: see :class:`BlockRank`.
             dtype: type of the weights, by default the one they were saved in; not for a loaded model.
             device: where to run, by default where the model is loaded to; not for a loaded model.
 
@@ -211,7 +219,7 @@ class BlockRank(Reranker):
                 f"{source_of(model) or 'the model'} has no {SETTINGS_FILE} to take it from"
             )
         model, tokenizer = load(model, tokenizer, dtype=dtype, device=device)
-        return cls(model, tokenizer, **settings)
+        return cls(model, tokenizer, cuda_graphs=cuda_graphs, **settings)
 
     def score_lists(
         self, lists: Iterable[tuple[str, Sequence[str]]], *, batch_tokens: int = BATCH_TOKENS
@@ -257,17 +265,21 @@ class BlockRank(Reranker):
     def _shares_of_row(self, lists: list[PromptBlocks]) -> torch.Tensor:
         """Float32 [lists, signal rows, max_documents], means over heads; every list has at least one document."""
         settings, device = self.settings, decoder_of(self.model).device
-        layout = BlockLayout.from_lengths([blocks.lengths for blocks in lists], settings.pattern).to(device)
+        layout = BlockLayout.from_lengths([blocks.lengths for blocks in lists], settings.pattern)
         rows = layout.tail_positions(settings.prompt.signal_tokens)
-        logsumexp = layer_scores(
-            self.model,
-            torch.tensor([token for blocks in lists for token in blocks.input_ids], device=device),
-            layout,
-            settings.layer,
-            rows,
-            position_scheme=settings.position_scheme,
-            tail_offset=settings.tail_offset,
-        )
+        input_ids = torch.tensor([token for blocks in lists for token in blocks.input_ids])
+        if self._graphs is not None:
+            logsumexp = self._graphs(input_ids, layout, rows)
+        else:
+            logsumexp = layer_scores(
+                self.model,
+                moved_to(input_ids, device, non_blocking=True),
+                layout.to(device, non_blocking=True),
+                settings.layer,
+                rows,
+                position_scheme=settings.position_scheme,
+                tail_offset=settings.tail_offset,
+            )
         shares = relevance(logsumexp, len(rows))
         if not shares.isfinite().all():
             raise FloatingPointError(f"the attention logits of layer {settings.layer} are not finite")
