@@ -327,7 +327,7 @@ def _combine_kernel(
         _store(_at(out, begin, first_head, num_heads * D, D), offsets * D, exist, sums * scale, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _delta_kernel(
     grad_out, out, grad_lse, delta, num_rows, num_heads, out_token, out_head,
     D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
@@ -537,6 +537,7 @@ class _Call:
         _plan_kernel[(num_segments,)](
             self.cu_seqlens, self.list_offsets, plan, self.num_tokens, num_segments, num_lists, in_parts, len(plan),
             BY_KEYS=by_keys, CAUSAL=self.causal, TILE=tile, CHUNK=CHUNK, SHARE=SHARE, BLOCK=BLOCK,
+            enable_fp_fusion=True,
         )  # fmt: skip
         return plan, in_parts
 

@@ -323,7 +323,9 @@ def _table(firsts: Sequence[int], ranks: Sequence[int], scales: Sequence[float],
     numbers += [0.0] * (-len(numbers) % ENTRIES)
     table = like.new_empty(len(numbers), dtype=torch.float32)
     for begin in range(0, len(numbers), ENTRIES):
-        _table_kernel[(1,)](table, begin, tuple(numbers[begin : begin + ENTRIES]), COUNT=ENTRIES, num_warps=1)
+        _table_kernel[(1,)](
+            table, begin, tuple(numbers[begin : begin + ENTRIES]), COUNT=ENTRIES, num_warps=1, enable_fp_fusion=True
+        )
     return table
 
 
