@@ -473,7 +473,7 @@ class Sizes(NamedTuple):
 # pass, of the gradient of queries, and of that of keys and values.
 _HALF_SIZES = {
     64: (Sizes(64, 64, 128), Sizes(64, 64, 128), Sizes(32, 64, 256)),
-    128: (Sizes(128, 64, 256), Sizes(128, 32, 256), Sizes(16, 64, 256)),
+    128: (Sizes(128, 64, 256), Sizes(128, 32, 256), Sizes(32, 64, 256)),
     256: (Sizes(64, 32, 256), Sizes(64, 16, 256), Sizes(16, 32, 256)),
 }
 _FLOAT_SIZES = (Sizes(16, 16, 256),) * 3
