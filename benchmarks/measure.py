@@ -149,7 +149,8 @@ class Case:
     Attributes:
         name: what ``--case`` selects.
         shape: the shape in words.
-        build: makes the problem of a dtype; must leave all expensive work to the builds of its implementations.
+        build: makes the problem of a dtype; must leave all expensive work to the builds of its implementations. None
+            for shapes that would keep a CPU busy for minutes.
         dtypes: those that run unless ``--dtype`` says otherwise.
         seconds: how long to measure; at least ``MIN_ROUNDS`` rounds run however long they take.
         default: whether it runs when no case is asked for.
@@ -158,7 +159,7 @@ class Case:
 
     name: str
     shape: str
-    build: Callable[[torch.dtype], Problem]
+    build: Callable[[torch.dtype], Problem] | None
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)
     seconds: float = 5.0
     default: bool = False

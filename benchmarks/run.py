@@ -12,7 +12,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,9 +68,10 @@ def main() -> int:
                 isa = of.implementation.isa
                 print(finding.text.format(_with_unit(value, finding.unit)) + (f" [{isa}]" if isa else ""))
             rows += _rows(op, case, dtype, problem, results)
+            if arguments.csv:
+                _write_csv(arguments.csv, header, rows)  # after every case: what a killed run measured is there
             good &= all(result.matches for result in results if result.implementation.native_op)
-    if arguments.csv:
-        _write_csv(arguments.csv, header, rows)
+    if arguments.csv and rows:
         print(f"\n{len(rows)} measurements written to {arguments.csv}")
     if not good:
         print("\na result of rankernel is missing or does not match the reference", file=sys.stderr)
@@ -116,7 +117,7 @@ def _cases(arguments: argparse.Namespace) -> dict[str, list[Case]]:
     """The selected cases of every selected op."""
 
     def wanted(case: Case) -> bool:
-        if arguments.device == "cuda" and case.build_on_gpu is None:
+        if _build_of(case, arguments.device) is None:
             return False
         if arguments.case is None:
             return case.default or arguments.all or arguments.list
@@ -128,8 +129,12 @@ def _cases(arguments: argparse.Namespace) -> dict[str, list[Case]]:
     }
 
 
+def _build_of(case: Case, device: str) -> Callable[[torch.dtype], Problem] | None:
+    return case.build_on_gpu if device == "cuda" else case.build
+
+
 def _build(case: Case, dtype: str, arguments: argparse.Namespace) -> Problem:
-    build = case.build_on_gpu if arguments.device == "cuda" else case.build
+    build = _build_of(case, arguments.device)
     assert build is not None, case.name  # _cases leaves such cases out
     return build(DTYPES[dtype])
 
@@ -171,10 +176,11 @@ def machine(arguments: argparse.Namespace) -> dict[str, str]:
     if not any(argument.startswith("--threads") for argument in sys.argv[1:]):
         command += ["--threads", str(arguments.threads)]
     forced = [f"{name}={os.environ[name]}" for name in ("RANKERNEL_BACKEND", "RANKERNEL_ISA") if name in os.environ]
+    on_gpu = arguments.device == "cuda"
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "cpu": _cpu_model(),
-        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "cpus": str(os.cpu_count()),
         "threads": str(arguments.threads),
         "load": f"{os.getloadavg()[0]:.2f}",
@@ -182,6 +188,7 @@ def machine(arguments: argparse.Namespace) -> dict[str, str]:
         "rankernel": rankernel.__version__,
         "git": _git_hash(),
         "torch": torch.__version__,
+        **({"triton": _triton_version(), "driver": _driver_version()} if on_gpu else {}),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()}",
         "command": " ".join([*forced, shlex.join(command)]),
@@ -191,7 +198,7 @@ def machine(arguments: argparse.Namespace) -> dict[str, str]:
 def _print_header(header: dict[str, str]) -> None:
     print(f"{header['cpu']}, {header['cpus']} CPUs, {header['threads']} threads, load {header['load']}")
     if header["device"] != "cpu":
-        print(f"on the GPU: {header['device']}")
+        print(f"on the GPU: {header['device']}, driver {header['driver']}, triton {header['triton']}")
     versions = ", ".join(f"{name} {header[name]}" for name in ("rankernel", "git", "torch", "python"))
     print(f"{versions}, {header['system']}, {header['date']}")
     for op in backends.OPS:
@@ -211,13 +218,31 @@ def _cpu_model() -> str:
     return f"{fields['model name']} (family {fields.get('cpu family')}, model {fields.get('model')})"
 
 
+def _triton_version() -> str:
+    try:
+        return importlib.import_module("triton").__version__
+    except ImportError:
+        return "none"
+
+
+def _driver_version() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "unknown"
+
+
 def _git_hash() -> str:
-    """Short hash of the checkout that holds this file, with -dirty where tracked files differ."""
+    """Short hash of the checkout that holds this file, with -dirty where tracked files differ.
+
+    A copy without the checkout is told of it by RANKERNEL_COMMIT.
+    """
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("RANKERNEL_COMMIT", "unknown")
 
 
 def _print_table(problem: Problem, results: Sequence[Result]) -> None:

@@ -9,7 +9,7 @@ import torch
 from measure import Call, Implementation
 from rankernel import BlockLayout
 
-MATMUL_SIZE = 2048
+MATMUL_SIZES = {"cpu": 2048, "cuda": 8192}
 
 
 def ranking_list(
@@ -55,12 +55,13 @@ def attention_flops(pairs: int, query_heads: int, head_size: int) -> int:
     return 4 * head_size * query_heads * pairs
 
 
-def matmul(dtype: torch.dtype) -> Implementation:
-    """``torch.matmul`` of two square matrices: the rate that attention rates are held against."""
+def matmul(dtype: torch.dtype, device: str = "cpu") -> Implementation:
+    """``torch.matmul`` of two square matrices that fill the device: the rate that attention rates are held against."""
+    size = MATMUL_SIZES[device]
 
     def build() -> Call:
         generator = torch.Generator().manual_seed(0)
-        left, right = (torch.randn(MATMUL_SIZE, MATMUL_SIZE, generator=generator).to(dtype) for _ in range(2))
+        left, right = (torch.randn(size, size, generator=generator).to(device, dtype) for _ in range(2))
         return lambda: left @ right
 
-    return Implementation(f"torch.matmul {MATMUL_SIZE}^3", build, work=2 * MATMUL_SIZE**3, yardstick=True)
+    return Implementation(f"torch.matmul {size}^3", build, work=2 * size**3, yardstick=True)

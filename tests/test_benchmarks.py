@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib
+import itertools
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from rankernel import BlockLayout
 
@@ -76,6 +81,7 @@ def test_list_names_every_op_and_runs_nothing() -> None:
     for text in (
         "block_attention/100-documents",
         "document_scores/",
+        "latency/tiny-mistral",
         "candidate_logits/log-probs-32",
         "listwise_loss/",
         "lora_linear/2048x1024x1024-backward",
@@ -85,6 +91,7 @@ def test_list_names_every_op_and_runs_nothing() -> None:
         "FlexAttention compiled",
     ):
         assert text in done.stdout
+    assert "mistral-7b" not in done.stdout  # for GPUs
     assert "median" not in done.stdout
 
 
@@ -114,6 +121,162 @@ def test_document_scores(tmp_path: Path) -> None:
         for end in ("", "-backward")
         for dtype in ("float16", "float32")
     }
+
+
+def sequence_by_sequence(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    window_size: tuple[int, int],
+) -> torch.Tensor:
+    """``varlen_attn`` of PyTorch 2.11 for causal masks, as documented: they end in the bottom right corner."""
+    assert window_size == (-1, 0)
+    assert (max_q, max_k) == tuple(int(offsets.diff().max()) for offsets in (cu_seq_q, cu_seq_k))
+    parts = []
+    for rows, columns in zip(*(itertools.pairwise(offsets.tolist()) for offsets in (cu_seq_q, cu_seq_k)), strict=True):
+        q, k, v = query[slice(*rows)], key[slice(*columns)], value[slice(*columns)]
+        mask = torch.ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q))
+        q, k, v = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        parts.append(out[0].transpose(0, 1))
+    return torch.cat(parts)
+
+
+def published_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    num_blocks: int,
+    block_size: int,
+    sm_scale: float,
+) -> tuple[torch.Tensor, None]:
+    """What the kernel of BlockRank computes on [1, heads, blocks x width, D] and a mask [1, 1, blocks, width, width].
+
+    The last row of a block's mask says which of its tokens exist, for blocks that see it.
+    """
+    assert attention_mask.shape == (1, 1, num_blocks, block_size, block_size)
+    existing = attention_mask[0, 0, :, -1].flatten()
+    block = torch.arange(num_blocks).repeat_interleave(block_size)
+    seen = (block == 0) | (block[:, None] == num_blocks - 1)
+    mask = torch.where(seen, existing, torch.finfo(existing.dtype).min)
+    for number, own in enumerate(attention_mask[0, 0]):
+        place = slice(number * block_size, (number + 1) * block_size)
+        mask[place, place] = own
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=sm_scale), None
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Imports a case module so that what it would run on a GPU runs on CPU tensors, eagerly."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)  # it refuses gradients
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", sequence_by_sequence)
+    package, module = ModuleType("blockrank"), ModuleType("blockrank.blockrank_triton_kernel_attention")
+    module.blockrank_attention_with_mask = published_attention  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    def load(op: str) -> ModuleType:
+        cases = importlib.import_module(f"cases.{op}")
+        monkeypatch.setattr(cases, "sdpa_kernel", lambda _: contextlib.nullcontext(), raising=False)
+        return cases
+
+    return load
+
+
+def gpu_rows(cases: ModuleType, case: str, dtype: torch.dtype) -> Any:
+    """What ``--device cuda`` runs, on CPU tensors."""
+    (build,) = (one.build_on_gpu for one in cases.CASES if one.name == case)
+    assert build.keywords["device"] == "cuda"
+    rows = build(dtype, device="cpu").implementations
+    assert {row.backend for row in rows if row.native_op} <= {"triton", "cuda"}
+    return rows
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", ["tiny", "tiny-backward", "tiny-logsumexp", "tiny-mass-backward"])
+def test_gpu_rows_are_right(
+    on_cpu: Callable[[str], ModuleType], measure: ModuleType, case: str, dtype: torch.dtype
+) -> None:
+    op = "block_attention" if case in ("tiny", "tiny-backward") else "document_scores"
+    rows = gpu_rows(on_cpu(op), case, dtype)
+    wrong = set()
+    with torch.no_grad():
+        for row in rows:
+            call = row.build()  # outside its context: rankernel's kernels for a GPU do not take CPU tensors
+            call()
+            if row.expected is not None:  # the second call: the first one must leave everything as it was
+                error, allowed = measure._furthest_off(row.expected, call())
+                wrong |= {row.name} if not error <= allowed else set()
+    assert wrong == {row.name for row in rows if "(other mask)" in row.name}
+
+
+def test_gpu_rows_fit_the_shape(on_cpu: Callable[[str], ModuleType]) -> None:
+    def names(case: str, dtype: torch.dtype = torch.bfloat16) -> set[str]:
+        rows = [row.name for row in gpu_rows(on_cpu("block_attention"), case, dtype)]
+        assert len(set(rows)) == len(rows)
+        return set(rows)
+
+    causal = {f"SDPA causal {kernel} (other mask)" for kernel in ("flash", "cuDNN", "efficient")}
+    flex = {"FlexAttention compiled 128", "FlexAttention compiled 64"}
+    common = {"rankernel", "torch varlen", "SDPA per document", "torch.matmul 2048^3"} | flex
+    everything = common | causal | {
+        "FlexAttention mask building", "SDPA dense mask", "dense mask building", "padded blocks (BlockRank)",
+        "published BlockRank kernel",
+    }  # fmt: skip
+    assert names("mistral-100x80-160") == everything
+    assert names("mistral-100x80-160-backward") == common
+    assert names("500-vs-100") == {"rankernel 100 documents", "rankernel 500 documents", "torch.matmul 2048^3"}
+    quadratic = {"SDPA dense mask", "dense mask building"}
+    assert everything - names("qwen3-0.6b-500x256-384") == quadratic | {"SDPA per document"}
+    assert everything - names("mistral-100x256-384") == quadratic
+    only_half = {"SDPA causal flash (other mask)", "SDPA causal cuDNN (other mask)", "torch varlen"}
+    assert everything - names("mistral-10x160", torch.float32) == only_half
+
+
+def test_what_attention_is_held_against_is_exact(on_cpu: Callable[[str], ModuleType]) -> None:
+    cases = on_cpu("block_attention")
+    inputs = cases.Inputs(cases.TINY, (4, 2, 16), torch.float32)
+    leaves = [tensor.double().requires_grad_() for tensor in inputs.packed]
+    query, key, value = (tensor.transpose(0, 1)[None] for tensor in leaves)
+    mask = inputs.layout.dense_mask()
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+    assert inputs.expected.error(out.detach()) < 1e-12
+    gradients = torch.autograd.grad(out, leaves, inputs.upstream.double())
+    expected = gpu_rows(cases, "tiny-backward", torch.float32)[0].expected
+    assert max(one.error(gradient) for one, gradient in zip(expected, gradients, strict=True)) < 1e-12
+
+
+def test_block_mask_in_pieces_is_that_in_one(
+    on_cpu: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases = on_cpu("block_attention")
+    layout = BlockLayout.from_lengths([(20, [30, 0, 64, 7], 9), (3, [50], 0)])
+    whole = cases.build_block_mask(layout, 16)
+    monkeypatch.setattr(cases, "MASK_PIECE", 3 * 16 * layout.num_tokens)
+    pieces = cases.build_block_mask(layout, 16)
+    assert pieces.shape == whole.shape
+    for field in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+        numbers = getattr(whole, field)
+        assert torch.equal(getattr(pieces, field), numbers)
+        blocks, wanted = (getattr(one, field.replace("num_blocks", "indices")) for one in (pieces, whole))
+        used = torch.arange(wanted.shape[-1]) < numbers[..., None]
+        assert torch.equal(blocks[used], wanted[used])
+
+
+def test_varlen_attention_takes_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    cases = importlib.import_module("cases.block_attention")
+    inputs = cases.Inputs(cases.TINY, (4, 2, 16), torch.bfloat16, device="meta", backend="triton")
+    assert cases.varlen(inputs)().shape == (inputs.layout.num_tokens, 4, 16)
 
 
 def test_listwise_loss(tmp_path: Path) -> None:

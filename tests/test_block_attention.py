@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
-from hypothesis import given
+from hypothesis import given, settings
 
 import rankernel
 from attention_cases import DTYPES, Problem, assert_close, problems
@@ -145,37 +145,36 @@ def test_empty(isa: str, lengths: list) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=8)  # each compiles nine kernels
 @given(problems())
-def test_triton_kernels(problem: Problem) -> None:
+def test_triton_kernels(dtype: torch.dtype, problem: Problem) -> None:
     layout = problem.layout.to("cuda")
-    for dtype in DTYPES:
-        inputs = problem.inputs(dtype)
-        options = dict(problem.options)
-        upstream = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-        expected = []
-        for wide in (dtype, torch.float64):
-            leaves = [tensor.to(wide).requires_grad_() for tensor in inputs]
-            out, lse = reference.block_attention(*leaves, problem.layout, **options)
-            gradients = torch.autograd.grad(out, leaves, upstream.to(wide)) if layout.num_tokens else leaves
-            expected.append((out.detach(), lse.detach(), *gradients))
-        if "sinks" in options:
-            options["sinks"] = options["sinks"].cuda()
-        largest = [
-            tensor.double().norm(dim=-1).max().item() if tensor.numel() else 0.0 for tensor in (upstream, inputs[2])
-        ]
-        magnitude = largest[0] * largest[1] * max([1.0, *inputs[0].abs().flatten().tolist()])
-        runs = []
-        for _ in range(2):
-            leaves = [tensor.cuda().requires_grad_() for tensor in inputs]
-            with backends.use(backend="triton"):
-                out, lse = block_attention(*leaves, layout, return_lse=True, **options)
-                gradients = torch.autograd.grad(out, leaves, upstream.cuda()) if layout.num_tokens else leaves
-            runs.append([out.detach(), lse.detach(), *gradients])
-        names = ("out", "lse", "dq", "dk", "dv")
-        for name, ours, again, eager, truth in zip(names, *runs, *expected, strict=True):
-            assert torch.equal(ours, again), f"{dtype} {name}: two calls differ"
-            allowed = magnitude if name.startswith("d") else 0.0
-            assert_close(ours.cpu(), eager, truth, f"{dtype} {name}", allowed)
+    inputs = problem.inputs(dtype)
+    options = dict(problem.options)
+    upstream = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected = []
+    for wide in (dtype, torch.float64):
+        leaves = [tensor.to(wide).requires_grad_() for tensor in inputs]
+        out, lse = reference.block_attention(*leaves, problem.layout, **options)
+        gradients = torch.autograd.grad(out, leaves, upstream.to(wide)) if layout.num_tokens else leaves
+        expected.append((out.detach(), lse.detach(), *gradients))
+    if "sinks" in options:
+        options["sinks"] = options["sinks"].cuda()
+    largest = [tensor.double().norm(dim=-1).max().item() if tensor.numel() else 0.0 for tensor in (upstream, inputs[2])]
+    magnitude = largest[0] * largest[1] * max([1.0, *inputs[0].abs().flatten().tolist()])
+    runs = []
+    for _ in range(2):
+        leaves = [tensor.cuda().requires_grad_() for tensor in inputs]
+        with backends.use(backend="triton"):
+            out, lse = block_attention(*leaves, layout, return_lse=True, **options)
+            gradients = torch.autograd.grad(out, leaves, upstream.cuda()) if layout.num_tokens else leaves
+        runs.append([out.detach(), lse.detach(), *gradients])
+    names = ("out", "lse", "dq", "dk", "dv")
+    for name, ours, again, eager, truth in zip(names, *runs, *expected, strict=True):
+        assert torch.equal(ours, again), f"{name}: two calls differ"
+        allowed = magnitude if name.startswith("d") else 0.0
+        assert_close(ours.cpu(), eager, truth, f"{dtype} {name}", allowed)
 
 
 @pytest.mark.gpu

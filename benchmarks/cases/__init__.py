@@ -7,6 +7,7 @@ MODULES = (
     "block_attention",
     "candidate_logits",
     "document_scores",
+    "latency",
     "listwise_loss",
     "lora_linear",
     "lora_training",

@@ -6,12 +6,13 @@ SDPA's log-sum-exp, one call per document, is what a user could do without them;
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, cached_property, partial
 
 import torch
 
 import rankernel
+from cases.lora_linear import NATIVE
 from measure import Call, Case, Expected, Implementation, Problem
 from rankernel import BlockLayout, reference
 from workloads import in_words, ranking_list
@@ -27,12 +28,12 @@ class Inputs:
     """Random keys over one list, and queries of the last ``rows`` tokens of its tail; made when first used."""
 
     def __init__(
-        self, lengths: Lengths, heads: tuple[int, int, int], rows: int, dtype: torch.dtype, backward: bool
+        self, lengths: Lengths, heads: tuple[int, int, int], rows: int, dtype: torch.dtype, backward: bool, device: str
     ) -> None:
-        self.layout = BlockLayout.from_lengths([lengths])
+        self.layout = BlockLayout.from_lengths([lengths]).to(device)
         self.heads = heads
         self.rows = self.layout.tail_positions(last=rows)
-        self.dtype = dtype
+        self.dtype, self.device = dtype, device
         self.backward = backward
 
     @property
@@ -54,7 +55,7 @@ class Inputs:
 
     def _random(self, tokens: int, heads: int, seed: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)
-        return torch.randn(tokens, heads, self.heads[2], generator=generator).to(self.dtype)
+        return torch.randn(tokens, heads, self.heads[2], generator=generator).to(self.device, self.dtype)
 
     def call(self, scores: Scores) -> Call:
         """The scores, or with a backward pass the gradients of query and key for a random gradient of the scores."""
@@ -67,7 +68,8 @@ class Inputs:
         leaves = query.detach().requires_grad_(), key.detach().requires_grad_()
         # Times the tokens, so that errors of the gradients stand above the absolute part of the tolerance.
         shape = scores(*leaves).shape
-        upstream = torch.randn(shape, generator=torch.Generator().manual_seed(2)) * self.layout.num_tokens
+        upstream = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(self.device)
+        upstream *= self.layout.num_tokens
 
         @torch.enable_grad()
         def step() -> tuple[torch.Tensor, ...]:
@@ -104,10 +106,10 @@ def grouped_logits(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
 
 def document_index(layout: BlockLayout) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens of the documents of the only list, padded to the longest: index and valid, [documents, longest]."""
-    documents = layout.segments()[0][1:-1]
-    begins = torch.tensor([begin for begin, _, _ in documents])
-    lengths = torch.tensor([end - begin for begin, end, _ in documents])
-    offset = torch.arange(int(lengths.max()))
+    documents, device = layout.segments()[0][1:-1], layout.cu_seqlens.device
+    begins = torch.tensor([begin for begin, _, _ in documents], device=device)
+    lengths = torch.tensor([end - begin for begin, end, _ in documents], device=device)
+    offset = torch.arange(int(lengths.max()), device=device)
     valid = offset < lengths[:, None]
     return torch.where(valid, begins[:, None] + offset, 0), valid
 
@@ -138,7 +140,9 @@ def sdpa_logsumexp_per_document(inputs: Inputs) -> Call:
     query = inputs.query.view(rows, kv_heads, -1, head_size).permute(1, 2, 0, 3).reshape(1, kv_heads, -1, head_size)
     key = inputs.key.transpose(0, 1)[None]
     documents = inputs.layout.segments()[0][1:-1]
-    sdpa = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    sdpa = torch.ops.aten._scaled_dot_product_flash_attention
+    if inputs.device == "cpu":
+        sdpa = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
     def call() -> torch.Tensor:
         lse = [sdpa(query, key[:, :, begin:end], key[:, :, begin:end])[1] for begin, end, _ in documents]
@@ -148,10 +152,16 @@ def sdpa_logsumexp_per_document(inputs: Inputs) -> Call:
 
 
 def logsumexp_problem(
-    lengths: Lengths, heads: tuple[int, int, int], rows: int, backward: bool, dtype: torch.dtype
+    lengths: Lengths,
+    heads: tuple[int, int, int],
+    rows: int,
+    backward: bool,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    backends: Mapping[str, str] = NATIVE["cpu"],
 ) -> Problem:
-    """document_logsumexp and its peers."""
-    inputs = Inputs(lengths, heads, rows, dtype, backward)
+    """document_logsumexp, by every backend of rankernel that is named, and its peers."""
+    inputs = Inputs(lengths, heads, rows, dtype, backward, device)
     index, valid = document_index(inputs.layout)
 
     def native(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
@@ -162,22 +172,36 @@ def logsumexp_problem(
 
     expected, work = inputs.expected(reference.document_logsumexp, pytorch), inputs.key_bytes
     rows_of_table = [
-        Implementation("rankernel", lambda: inputs.call(native), expected, work, native_op=OP),
+        *_native_rows(backends, lambda: inputs.call(native), expected, work),
         Implementation("PyTorch logits and logsumexp", lambda: inputs.call(pytorch), expected, work),
         Implementation("the same compiled", lambda: inputs.call(_compiled(pytorch)), expected, work),
     ]
-    if not backward:
+    if not backward and (device == "cpu" or dtype != torch.float32):  # the flash kernel of GPUs has no float32
         sdpa = Implementation("SDPA lse per document", lambda: sdpa_logsumexp_per_document(inputs), expected, work)
         rows_of_table.append(sdpa)
     return Problem(tuple(rows_of_table), unit="B")
 
 
+def _native_rows(
+    backends: Mapping[str, str], build: Callable[[], Call], expected: Expected | tuple[Expected, ...], work: float
+) -> list[Implementation]:
+    return [
+        Implementation(name, build, expected, work, native_op=OP, backend=backend) for name, backend in backends.items()
+    ]
+
+
 def mass_problem(
-    lengths: Lengths, heads: tuple[int, int, int], rows: int, backward: bool, dtype: torch.dtype
+    lengths: Lengths,
+    heads: tuple[int, int, int],
+    rows: int,
+    backward: bool,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    backends: Mapping[str, str] = NATIVE["cpu"],
 ) -> Problem:
-    """token_attention_mass and its peers."""
-    inputs = Inputs(lengths, heads, rows, dtype, backward)
-    visible = torch.arange(inputs.layout.num_tokens) <= inputs.rows[:, None]
+    """token_attention_mass, likewise."""
+    inputs = Inputs(lengths, heads, rows, dtype, backward, device)
+    visible = torch.arange(inputs.layout.num_tokens, device=device) <= inputs.rows[:, None]
 
     def native(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return rankernel.token_attention_mass(query, key, inputs.layout, inputs.rows)
@@ -187,7 +211,7 @@ def mass_problem(
 
     expected, work = inputs.expected(reference.token_attention_mass, pytorch), inputs.key_bytes
     rows_of_table = (
-        Implementation("rankernel", lambda: inputs.call(native), expected, work, native_op=OP),
+        *_native_rows(backends, lambda: inputs.call(native), expected, work),
         Implementation("PyTorch softmax and mean", lambda: inputs.call(pytorch), expected, work),
         Implementation("the same compiled", lambda: inputs.call(_compiled(pytorch)), expected, work),
     )
@@ -195,7 +219,7 @@ def mass_problem(
 
 
 def _case(
-    problem: Callable[[Lengths, tuple[int, int, int], int, bool, torch.dtype], Problem],
+    problem: Callable[..., Problem],
     name: str,
     lengths: Lengths,
     heads: tuple[int, int, int],
@@ -206,10 +230,14 @@ def _case(
 ) -> Case:
     shape = f"{in_words(BlockLayout.from_lengths([lengths]), *heads)}, {rows} query rows"
     shape += ", forward and backward" * backward
-    return Case(name, shape, partial(problem, lengths, heads, rows, backward), seconds=seconds, default=default)
+    on_cpu = partial(problem, lengths, heads, rows, backward)
+    on_gpu = partial(on_cpu, device="cuda", backends=NATIVE["cuda"])
+    return Case(name, shape, on_cpu, seconds=seconds, default=default, build_on_gpu=on_gpu)
 
 
 QWEN3_HEADS = (16, 8, 128)
+MISTRAL_HEADS = (32, 8, 128)
+LONG = ranking_list(500, shortest=80, longest=160, prefix=96)
 TINY = (8, [5, 1, 12], 4)
 
 CASES = (
@@ -221,4 +249,5 @@ CASES = (
     _case(mass_problem, "mass-100-documents", ranking_list(100), QWEN3_HEADS, 24, default=True),
     _case(logsumexp_problem, "logsumexp-30-documents-backward", ranking_list(30), QWEN3_HEADS, 2, backward=True),
     _case(mass_problem, "mass-30-documents-backward", ranking_list(30), QWEN3_HEADS, 24, backward=True),
+    _case(logsumexp_problem, "logsumexp-500-documents", LONG, MISTRAL_HEADS, 2),
 )

@@ -53,12 +53,13 @@ QWEN3_06B = Shape(layers=4, layer=2, hidden=1024, intermediate=3072, heads=(16, 
 TINY = Shape(layers=3, layer=1, hidden=32, intermediate=48, heads=(4, 2, 16), vocabulary=64)
 
 
-def configuration(shape: Shape, **more: Any) -> Any:
-    """Of Qwen3-0.6B but for its sizes."""
-    from transformers import Qwen3Config
+def configuration(shape: Shape, family: str = "qwen3", **more: Any) -> Any:
+    """Of Qwen3-0.6B but for its sizes and, if given, its family."""
+    from transformers import AutoConfig
 
     query_heads, kv_heads, head_size = shape.heads
-    return Qwen3Config(
+    return AutoConfig.for_model(
+        family,
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
@@ -160,7 +161,7 @@ def stock_scores(
 
 def stock_forward(inputs: Inputs, model: Any, causal: bool = False) -> Forward:
     """Hidden states and document log-sum-exp of stock SDPA."""
-    captured = _capture(model, inputs.shape.layer)
+    captured = capture(model, inputs.shape.layer)
     arguments = stock_arguments(inputs, causal)
     index, valid = document_index(inputs.layout)
     rows = inputs.rows
@@ -174,7 +175,7 @@ def stock_forward(inputs: Inputs, model: Any, causal: bool = False) -> Forward:
     return call
 
 
-def _capture(model: Any, layer: int) -> list[torch.Tensor]:
+def capture(model: Any, layer: int) -> list[torch.Tensor]:
     """Switches the model to SDPA that puts query and key [1, heads, T, D] of ``layer`` in the returned list."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
