@@ -130,7 +130,7 @@ def log_probs_problem(shape: Shape, dtype: torch.dtype, device: str = "cpu", bac
     peers = [(FULL, full)]
     if dtype != torch.float32:
         peers.append(("full logits and float32 log_softmax", full_in_float32))
-    if shape.candidates == 1:
+    if shape.candidates == 1 and hasattr(F, "linear_cross_entropy"):  # not in PyTorch 2.11
         peers.append(("torch linear_cross_entropy", linear_cross_entropy))
     return Problem(
         (

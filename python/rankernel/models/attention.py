@@ -52,7 +52,9 @@ class Request(ABC):
         self.row_groups = tuple(rows.to(torch.int64) for rows in row_groups)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Self:
-        """The same request with its rows on ``device``."""
+        """The same request with its rows on ``device``; itself where they are there already."""
+        if all(rows.device == torch.device(device) for rows in self.row_groups):
+            return self
         moved = copy.copy(self)
         moved.row_groups = tuple(moved_to(rows, device, non_blocking) for rows in self.row_groups)
         return moved
