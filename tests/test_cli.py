@@ -209,8 +209,9 @@ def test_an_interrupted_run_is_resumed(files, model, monkeypatch):
         assert [row.score for row in run[query]] == pytest.approx([row.score for row in rows], abs=2e-6)
 
 
-def test_info_names_every_implementation():
-    result = CliRunner().invoke(app, ["info"], env={"COLUMNS": "200"})
+def test_info_names_every_implementation(monkeypatch):
+    monkeypatch.setattr("rankernel.cli._out.width", 200)
+    result = CliRunner().invoke(app, ["info"])
     assert result.exit_code == 0
     for row in backends.table():
         assert row.name in result.stdout

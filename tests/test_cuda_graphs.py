@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -29,20 +31,23 @@ class Recorder:
     """In place of ``graphs.record``: what a graph would hold still is held still, and what it runs is counted."""
 
     def __init__(self) -> None:
-        self.pools: list[Any] = []
+        self.shared: list[Any] = []
         self.replayed = 0
+        self.read: list[weakref.ref[torch.Tensor]] = []
 
     def __call__(
-        self, run: Callable[[], torch.Tensor], device: torch.device, pool: Any
+        self, run: Callable[[], torch.Tensor], device: torch.device, shared: Any
     ) -> tuple[torch.Tensor, Callable[[], None], Any]:
-        self.pools.append(pool)
+        self.shared.append(shared)
+        (layout,) = (cell.cell_contents for cell in run.__closure__ if isinstance(cell.cell_contents, BlockLayout))
+        self.read += [weakref.ref(tensor) for tensor in (layout.cu_seqlens, layout.list_offsets)]
         result = torch.full_like(run(), torch.nan)
 
         def replay() -> None:
             self.replayed += 1
             result.copy_(run())
 
-        return result, replay, "pool"
+        return result, replay, "stream and pool"
 
 
 @pytest.fixture
@@ -98,7 +103,7 @@ def test_one_graph_for_a_bucket(recorder: Recorder) -> None:
             expected = layer_scores(model, tokens, layout, LAYER, rows)
         torch.testing.assert_close(replayed(tokens, layout, rows), expected, atol=2e-5, rtol=1e-5)
     assert recorder.replayed == 4
-    assert recorder.pools == [None, "pool"]  # 17 and 18 documents are of one bucket, 2 are not
+    assert recorder.shared == [None, "stream and pool"]  # 17 and 18 documents are of one bucket, 2 are not
 
 
 def test_blockrank(recorder: Recorder) -> None:
@@ -111,7 +116,29 @@ def test_blockrank(recorder: Recorder) -> None:
         found = ranker.score_lists(lists * 2, batch_tokens=1)
         scores.append(torch.tensor([score for entry in found for score in entry.scores]))
     torch.testing.assert_close(*scores, atol=2e-6, rtol=1e-5)
-    assert (len(recorder.pools), recorder.replayed) == (2, 4)
+    assert (len(recorder.shared), recorder.replayed) == (2, 4)
+
+
+def test_a_graph_keeps_what_it_reads(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real one knows addresses alone."""
+
+    def record(run: Callable[[], torch.Tensor], *rest: Any) -> tuple[torch.Tensor, Callable[[], None], Any]:
+        result, _, shared = recorder(run, *rest)
+        return result, lambda: None, shared
+
+    monkeypatch.setattr(graphs, "record", record)
+    replayed = LayerScoreGraphs(attached_model(), LAYER)
+    layout = BlockLayout.from_lengths([(1, [2, 9], 1)])
+    replayed(random_tokens(layout.num_tokens), layout, layout.tail_positions())
+    gc.collect()
+    assert len(recorder.read) == 2
+    assert all(tensor() is not None for tensor in recorder.read)
+
+
+def test_positions_that_depend_on_the_length_are_refused() -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(ValueError, match="rotary positions that are the same for every length, got 'dynamic'"):
+        LayerScoreGraphs(attached_model("llama", rope_parameters=rope), LAYER)
 
 
 def test_needs_a_gpu() -> None:
@@ -206,14 +233,18 @@ def test_several_streams() -> None:
             assert all(map(torch.equal, found, expected))
 
 
-@pytest.mark.gpu
-def test_compiled_model_serves_other_layouts() -> None:
-    model = on_gpu(torch.float32)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_compiled_model_serves_other_layouts(device: str) -> None:
+    """With all sizes dynamic from the start; the default is tested in ``test_models.py``."""
+    model = attached_model("llama", **SIZES).to(device)
     torch._dynamo.reset()
-    compiled = torch.compile(model.model, dynamic=True, fullgraph=True)
+    compiled = torch.compile(
+        model.model, dynamic=True, fullgraph=True, backend="aot_eager" if device == "cpu" else "inductor"
+    )
     with torch.no_grad():
         for documents in ([90, 100, 80], [60, 17], [33] * 9):
             layout = BlockLayout.from_lengths([(40, documents, 20)])
-            call = model_inputs(random_tokens(layout.num_tokens).cuda(), layout)
+            call = model_inputs(random_tokens(layout.num_tokens).to(device), layout)
             expected = model.model(**call).last_hidden_state
             torch.testing.assert_close(compiled(**call).last_hidden_state, expected, atol=1e-3, rtol=1e-3)
+    torch._dynamo.reset()

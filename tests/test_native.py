@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -176,3 +177,26 @@ def test_bindings_release_the_gil() -> None:
 
 def test_extension_documents_itself() -> None:
     assert "block_attention" in _C.__doc__
+
+
+@pytest.mark.parametrize("op", ["block_attention", "candidate_logits", "document_logsumexp", "lora_linear"])
+def test_backward_passes_run_what_was_forced_forward(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in another thread, as PyTorch runs them for CUDA tensors."""
+    layout = BlockLayout.from_lengths([(2, [3, 4], 2)])
+    x = torch.randn(11, 2, 8, requires_grad=True)
+    rows = x.flatten(1)
+    with backends.use(isa="scalar"):
+        out = {
+            "block_attention": lambda: rankernel.block_attention(x, x, x, layout),
+            "candidate_logits": lambda: rankernel.candidate_logits(rows, rows, torch.arange(3), log_probs=True),
+            "document_logsumexp": lambda: rankernel.document_logsumexp(x[-2:], x, layout, torch.tensor([9, 10])),
+            "lora_linear": lambda: rankernel.lora_linear(rows, rows, rows[:4], rows[:, :4], 2.0),
+        }[op]()
+    seen = []
+    level = backends.isa_level
+    monkeypatch.setattr(backends, "isa_level", lambda: seen.append(backends.ISAS[level()]) or level())
+    thread = threading.Thread(target=lambda: out.sum().backward())
+    thread.start()
+    thread.join()
+    assert x.grad is not None
+    assert set(seen) == {"scalar"}

@@ -643,7 +643,10 @@ __global__ void set_smooth_ranks(Work w) {
   walk(
       w, [&](int64_t j) { return w.items[j].score; },
       [&](int64_t, float other) { rank.add(sigmoid((other - score) / temperature)); });
-  if (is_kept) w.values[i] = rank.value();
+  if (is_kept) {
+    w.values[i] = rank.value();
+    w.slopes[i] = 0;  // of lists that do not count
+  }
 }
 
 __global__ void approx_ndcg(Work w) {

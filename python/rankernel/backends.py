@@ -8,10 +8,11 @@ that cannot run here raises; nothing falls back silently.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -104,6 +105,12 @@ def use(backend: str | None = None, isa: str | None = None) -> Iterator[None]:
         yield
     finally:
         _choice.reset(token)
+
+
+def kept() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """Enters again what is forced now: PyTorch runs backward passes of CUDA tensors in a thread of its own."""
+    choice = _choice.get()
+    return functools.partial(use, choice.backend, choice.isa)
 
 
 def table() -> list[Implementation]:

@@ -53,6 +53,11 @@ class BlockLayout:
         self.num_documents = sum(len(documents) for _, documents, _ in lengths)
         self.max_documents = max((len(documents) for _, documents, _ in lengths), default=0)
         self._on_device: dict[torch.device, BlockLayout] = {self.cu_seqlens.device: self}
+        # A compiled graph shall serve any number of segments from its first layout on. Not imported for eager users:
+        # whoever compiles has it.
+        if "torch._dynamo" in sys.modules:
+            for tensor in tensors:
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[ListLengths], pattern: Pattern = "block") -> BlockLayout:
@@ -80,11 +85,6 @@ class BlockLayout:
         if boundaries[-1] >= 2**31:
             raise ValueError(f"lengths: expected fewer than 2**31 tokens in all, got {boundaries[-1]}")
         tensors = [torch.tensor(v, dtype=torch.int32) for v in (boundaries, roles, list_offsets, document_offsets)]
-        # A compiled graph shall serve any number of segments from its first layout on. Not imported for eager users:
-        # whoever compiles has it.
-        if "torch._dynamo" in sys.modules:
-            for tensor in tensors:
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)
         return cls(tensors, cleaned, pattern)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> BlockLayout:

@@ -152,7 +152,8 @@ class MassRequest(Request):
             if not 0 <= min(heads) <= max(heads) < num_heads:
                 raise ValueError(f"heads: expected indices in [0, {num_heads}), got {heads} for layer {layer}")
             group = num_heads // key.shape[1]
-            query, key = query[:, heads], key[:, [head // group for head in heads]]
+            index = moved_to(torch.tensor(heads), query.device, non_blocking=True)
+            query, key = query[:, index], key[:, index // group]
 
         def masses(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
             return torch.stack(

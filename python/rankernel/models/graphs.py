@@ -39,13 +39,23 @@ class LayerScoreGraphs:
         Args:
             model: an attached model on a CUDA device.
             layer, position_scheme, tail_offset: see :func:`layer_scores`.
+
+        Raises:
+            ValueError: a model whose rotary positions depend on the length of its input, which waits for the GPU.
         """
+        types = getattr(getattr(decoder_of(model), "rotary_emb", None), "rope_type", "default")
+        for rope_type in types.values() if isinstance(types, dict) else [types]:
+            if "dynamic" in rope_type or rope_type == "longrope":
+                raise ValueError(
+                    f"model: expected rotary positions that are the same for every length, got {rope_type!r}, for "
+                    "which Transformers reads the positions back from the GPU"
+                )
         self.model = model
         self.layer = layer
         self.position_scheme: Literal["shared", "sequential"] = position_scheme
         self.tail_offset = tail_offset
         self._graphs: dict[tuple[int, ...], _Graph] = {}
-        self._pool: Any = None
+        self._shared: Any = None
 
     @torch.no_grad()
     def __call__(self, input_ids: torch.Tensor, layout: BlockLayout, rows: torch.Tensor) -> torch.Tensor:
@@ -88,38 +98,44 @@ class LayerScoreGraphs:
             padded.cu_seqlens.copy_(cu_seqlens)  # in a bucket all else of a layout is the same
             return layer_scores(self.model, input_ids, padded, self.layer, rows, position_ids=position_ids)
 
-        scores, replay, self._pool = record(run, device, self._pool)
-        return _Graph(numbers, scores, replay)
+        scores, replay, self._shared = record(run, device, self._shared)
+        return _Graph(numbers, padded, scores, replay)
 
 
 class _Graph(NamedTuple):
-    """What a graph reads, what it writes, and how to run it."""
+    """What a graph reads, which it does not keep itself, what it writes, and how to run it."""
 
     numbers: torch.Tensor
+    layout: BlockLayout
     scores: torch.Tensor
     replay: Callable[[], None]
 
 
 def record(
-    run: Callable[[], torch.Tensor], device: torch.device, pool: Any
+    run: Callable[[], torch.Tensor], device: torch.device, shared: Any
 ) -> tuple[torch.Tensor, Callable[[], None], Any]:
-    """A CUDA graph of ``run``: its result, which every replay writes anew, the replay, and its pool of memory.
+    """A CUDA graph of ``run``: its result, which every replay writes anew, the replay, and what the next may share.
 
-    Graphs may share a pool if the result of one is read before another is replayed.
+    That is a stream to record on, and with it the workspace of cuBLAS, and a pool of memory: the result of one graph
+    has to be read before another is replayed.
     """
     if device.type != "cuda":
         raise ValueError(f"model: expected one on a CUDA device to record graphs of it, got {device}")
-    with torch.cuda.device(device):
+    # Autocast would keep the weights that the first run casts, outside of the graph.
+    autocast = torch.autocast(
+        "cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"), cache_enabled=False
+    )
+    with torch.cuda.device(device), autocast:
+        stream, pool = shared or (torch.cuda.Stream(), torch.cuda.graph_pool_handle())
         # Compiling kernels and making workspaces cannot be recorded; capturing asks for another stream.
-        stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             run()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             result = run()
-    return result, graph.replay, graph.pool()
+    return result, graph.replay, (stream, pool)
 
 
 def _padded(layout: BlockLayout) -> BlockLayout:

@@ -40,9 +40,9 @@ def check_scale(head_size: int, scale: float | None, softcap: float | None) -> f
     """The scale to use. Raises ValueError unless scale and softcap are positive and finite."""
     if scale is None:
         scale = head_size**-0.5 if head_size else 1.0
-    elif not (math.isfinite(scale) and scale > 0):
+    elif not 0 < scale < math.inf:
         raise ValueError(f"scale: expected a positive finite number, got {scale}")
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap: expected a positive finite number or None, got {softcap}")
     return float(scale)
 

@@ -258,11 +258,13 @@ def _fake_backward(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     query, key, value, cu_seqlens, list_offsets, sinks, *ctx.rest = inputs
     ctx.save_for_backward(*output, query, key, value, cu_seqlens, list_offsets, sinks)
+    ctx.backends = backends.kept()
 
 
 def _autograd(ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     *tensors, sinks = ctx.saved_tensors
-    gradients = torch.ops.rankernel.block_attention_backward(grad_out, grad_lse, *tensors, sinks, *ctx.rest)
+    with ctx.backends():
+        gradients = torch.ops.rankernel.block_attention_backward(grad_out, grad_lse, *tensors, sinks, *ctx.rest)
     grad_query, grad_key, grad_value, grad_sinks = gradients
     grad_sinks = None if sinks is None else grad_sinks
     return (grad_query, grad_key, grad_value, None, None, grad_sinks) + (None,) * len(ctx.rest)

@@ -308,6 +308,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.T
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output, *inputs[:4])
     ctx.rest = inputs[4:]
+    ctx.backends = backends.kept()
 
 
 def _autograd(ctx: Any, grad: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
@@ -316,7 +317,8 @@ def _autograd(ctx: Any, grad: torch.Tensor | None, *_: Any) -> tuple[torch.Tenso
     logits, lse, hidden, weight, candidates, bias = ctx.saved_tensors
     wanted = [ctx.needs_input_grad[place] for place in (0, 1, 3)]
     arguments = (grad, logits, lse, wanted, hidden, weight, candidates, bias, *ctx.rest)
-    grad_hidden, grad_weight, grad_bias = torch.ops.rankernel.candidate_logits_backward(*arguments)
+    with ctx.backends():
+        grad_hidden, grad_weight, grad_bias = torch.ops.rankernel.candidate_logits_backward(*arguments)
     if wanted[1] and ctx.rest[-1]:
         places = candidates.flatten()[None].to(torch.int64)
         grad_weight = torch.sparse_coo_tensor(places, grad_weight, weight.shape, check_invariants=False)

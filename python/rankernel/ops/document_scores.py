@@ -244,10 +244,12 @@ def _implement(name: str, reference_forward: Any, reference_backward: Any, outpu
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         ctx.save_for_backward(output, *inputs[:5])
         ctx.rest = inputs[5:]
+        ctx.backends = backends.kept()
 
     def autograd(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         op = getattr(torch.ops.rankernel, f"{name}_backward")
-        grad_query, grad_key = op(grad, *ctx.saved_tensors, *ctx.rest)
+        with ctx.backends():
+            grad_query, grad_key = op(grad, *ctx.saved_tensors, *ctx.rest)
         return (grad_query, grad_key) + (None,) * (3 + len(ctx.rest))
 
     library = _checks.LIBRARY

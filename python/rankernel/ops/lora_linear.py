@@ -603,7 +603,7 @@ class _Eager(torch.autograd.Function):
         x, _, *rest = inputs
         weights, biases = rest[:num_weights], rest[num_weights : 2 * num_weights]
         lora_A, lora_B = rest[2 * num_weights :][:num_adapters], rest[2 * num_weights + num_adapters :]
-        # Kept, for on CUDA the backward runs in a thread that does not see backends.use.
+        ctx.backends = backends.kept()
         outs, sums, ctx.kernels = _forward(x, weights, biases, lora_A, lora_B, call)
         ctx.set_materialize_grads(False)
         # A function that makes a weight has no gradient to save for.
@@ -622,7 +622,8 @@ class _Eager(torch.autograd.Function):
         needs = ctx.needs_input_grad[3:]
         wanted = _Wanted(needs[0], needs[1], *_split(needs[2:], num_weights, num_adapters))
         call = ctx.call._replace(gate=gate)
-        found = _backward(grads, sums, wanted, x, weights, lora_A, lora_B, call, ctx.kernels)
+        with ctx.backends():
+            found = _backward(grads, sums, wanted, x, weights, lora_A, lora_B, call, ctx.kernels)
         if call.given_base:
             found = found._replace(weights=list(grads))
         return (None, None, None, found.x, found.gate, *found.weights, *found.biases, *found.lora_A, *found.lora_B)
@@ -701,6 +702,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]
     ctx.save_for_backward(output[-1], x, gate, offsets, adapters, seed, *weights, *biases, *lora_A, *lora_B)
     ctx.counts = len(weights), len(lora_A)
     ctx.rest = scalings, projections, dropout_p, base
+    ctx.backends = backends.kept()
 
 
 def _autograd(ctx: Any, grads: list[torch.Tensor | None]) -> tuple[Any, ...]:
@@ -713,10 +715,11 @@ def _autograd(ctx: Any, grads: list[torch.Tensor | None]) -> tuple[Any, ...]:
     if given_base:  # whose gradient is that of the result
         lists[0] = [False]
     wanted = [of_x, of_gate, *itertools.chain(*lists)]
-    found = torch.ops.rankernel.lora_linear_backward(
-        grads[:-1], sums, wanted, x, weights, biases, lora_A, lora_B, gate, scalings, projections, offsets, adapters,
-        dropout_p, seed, given_base,
-    )  # fmt: skip
+    with ctx.backends():
+        found = torch.ops.rankernel.lora_linear_backward(
+            grads[:-1], sums, wanted, x, weights, biases, lora_A, lora_B, gate, scalings, projections, offsets,
+            adapters, dropout_p, seed, given_base,
+        )  # fmt: skip
     of_x, of_gate, *rest = (
         gradient if there else None for gradient, there in zip(found, _present(wanted, grads[:-1]), strict=True)
     )
