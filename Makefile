@@ -13,7 +13,7 @@ demo: .venv/installed  ## rerank real documents and compare with stock Hugging F
 	$(BIN)/rankernel demo
 
 test: .venv/installed
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/run.py

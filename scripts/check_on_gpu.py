@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+OPS = ("block_attention", "document_scores", "candidate_logits", "listwise_loss", "lora_linear")
 GRACE_SECONDS = 10.0  # in which pytest writes the results of the tests that ran
 
 
@@ -61,6 +62,8 @@ exit 1'"""
 # for functions that the driver may lack: such API errors are no news, and those that matter are exceptions.
 _SANITIZE = "env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --report-api-errors no --error-exitcode 9 --tool"
 _EXERCISE = "{python} scripts/exercise_kernels.py"
+# At once, which compiles: the sanitizer then finds the Triton kernels in their cache.
+_WARM = f"sh -c 'echo {' '.join(OPS)} | xargs -n 1 -P {len(OPS)} {_EXERCISE} --op'"
 _BENCH = "{python} benchmarks/run.py --device cuda --csv {out}/part.csv"
 _LISTS = "mistral-10x*,mistral-50x*,mistral-100x160*,mistral-100x256*,mistral-500x*"
 _MODELS = "mistral-7b-20,mistral-7b-50,mistral-7b-[25]00,qwen3-*"
@@ -69,6 +72,7 @@ _CHART = "{python} scripts/plot_latency.py {out}/latency.csv --chart {out}/laten
 STAGES = (  # the most important first
     Stage("build", 150, _BUILD),
     Stage("tests", 180, "{python} -P -m pytest -m gpu --junit-xml={out}/tests.xml {tests}"),
+    Stage("exercise", 150, _WARM),
     Stage("memcheck", 90, f"{_SANITIZE} memcheck {_EXERCISE}", needs="compute-sanitizer"),
     Stage("racecheck", 90, f"{_SANITIZE} racecheck {_EXERCISE}", needs="compute-sanitizer"),
     Stage("attention", 210, f"{_BENCH} --op block_attention --case 'mistral-100x80-160*,500-vs-100'"),

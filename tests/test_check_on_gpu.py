@@ -206,7 +206,7 @@ def exercise(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_exercise(exercise: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    assert set(exercise.OPS) == set(backends.GPU_KERNELS)
+    assert set(exercise.OPS) == set(backends.GPU_KERNELS) == set(importlib.import_module("check_on_gpu").OPS)
     assert exercise.main() == 0
     printed = capsys.readouterr().out
     assert "not run" not in printed

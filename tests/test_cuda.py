@@ -101,8 +101,13 @@ def numbers_of(kind: str, reduction: str, parameters: dict[str, Any]) -> tuple[i
     return *settings_of(KINDS[kind], reduction, convention, rest), seed
 
 
-def check(loss_of: Loss, batch: Lists, kind: str, reduction: str, parameters: dict[str, Any]) -> None:
-    """Compares with the reference in float64, and with it in float32 for the bound, for scores of every dtype."""
+def check(
+    loss_of: Loss, batch: Lists, kind: str, reduction: str, parameters: dict[str, Any], magnitude: float = 0.0
+) -> None:
+    """Compares with the reference in float64, and with it in float32 for the bound, for scores of every dtype.
+
+    ``magnitude`` is that of ``assert_close``.
+    """
     index, settings, seed = numbers_of(kind, reduction, parameters)
     for dtype in DTYPES:
         rounded = Lists(batch.scores.to(dtype).double(), batch.labels, batch.offsets, batch.where)
@@ -113,8 +118,8 @@ def check(loss_of: Loss, batch: Lists, kind: str, reduction: str, parameters: di
         scale = 1 / settings[Settings._fields.index("temperature")]
         logits = scale * float(rounded.scores.nan_to_num().abs().max()) if kind in SOFTMAX else 0.0
         what = f"{kind} {parameters} {reduction} {dtype}"
-        assert_close(ours[0], eager[0], truth[0], f"{what} loss", logits)
-        assert_close(ours[1], eager[1], truth[1], f"{what} grad", scale * logits)
+        assert_close(ours[0], eager[0], truth[0], f"{what} loss", logits + magnitude)
+        assert_close(ours[1], eager[1], truth[1], f"{what} grad", scale * logits + magnitude)
         assert (ours[1][~torch.isfinite(rounded.scores)] == 0).all()
 
 
@@ -343,6 +348,9 @@ def on_device(
 @pytest.mark.parametrize("backend", GPU_BACKENDS)
 @pytest.mark.parametrize("kind", COVERED)
 def test_device_agrees_with_the_reference(backend: str, kind: str) -> None:
+    magnitude = 0.0
+    if backend == "triton":  # its exponentials are 2 ulp off; logarithms of draws are as in the interpreter's test
+        magnitude = 30.0 if kind == "pg_rank" else 2.0
     for number, scores in enumerate(["spread", "tied", "equal", "huge"]):
         batch = make_batch(LENGTHS, scores, ["grades", "binary", "real", "grades"][number], number % 2 == 1, number)
         for reduction, parameters in itertools.product(reductions_of(kind), VARIANTS[kind]):
@@ -355,7 +363,7 @@ def test_device_agrees_with_the_reference(backend: str, kind: str) -> None:
                     loss, grad = on_device(rounded, kind, REDUCTIONS[index], dtype, parameters)
                 return loss.cpu(), grad.cpu()
 
-            check(loss_of, batch, kind, reduction, parameters)
+            check(loss_of, batch, kind, reduction, parameters, magnitude)
 
 
 @pytest.mark.gpu

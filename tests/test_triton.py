@@ -24,6 +24,7 @@ TARGETS = {
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
+INTERPRETED = sorted((Path(__file__).parent / "triton_interpreted").glob("test_*.py"))
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 MODULES = [
     importlib.import_module(f"rankernel.triton_kernels.{found.name}")
@@ -94,10 +95,11 @@ def test_every_kernel_has_a_case(module: object) -> None:
         assert None not in case.signature.values(), f"{case.kernel.__name__}: {case.signature}"
 
 
-def test_in_the_interpreter() -> None:
+@pytest.mark.parametrize("file", INTERPRETED, ids=lambda file: file.stem.removeprefix("test_"))
+def test_in_the_interpreter(file: Path) -> None:
     """In a process of its own: triton chooses between compiler and interpreter when it is imported."""
     run = subprocess.run(
-        [sys.executable, "-P", "-m", "pytest", "-q", str(Path(__file__).parent / "triton_interpreted")],
+        [sys.executable, "-P", "-m", "pytest", "-q", str(file)],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,

@@ -124,7 +124,7 @@ def _plan_kernel(
             from_token, to_token = own_begin, tl.where(part == 0, near_end, own_begin)
         else:
             from_token, to_token = tl.where(part == 0, near_begin, own_end), own_end
-        part_begin = far_begin + part * size
+        part_begin = tl.minimum(far_begin + part * size, far_end)
         part_end = tl.minimum(part_begin + size, far_end)
         place = list_begin // SHARE - begin
         out = plan + (slot + index) * _FIELDS
@@ -521,7 +521,8 @@ class _Call:
         self.cu_seqlens, self.list_offsets = cu_seqlens, list_offsets
         self.inputs = (query, key, value)
         self.strides = [stride for tensor in self.inputs for stride in tensor.stride()[:2]]
-        # Without a softcap one factor makes logits in base 2.
+        # Positions past a window of 2^31 - 1 are no int32; without a softcap one factor makes logits in base 2.
+        window = None if window is None else min(window, self.num_tokens)
         self.options = (scale * LOG2E if softcap is None else scale / softcap, softcap, window)
         group = self.num_heads // self.num_kv_heads
         self.shape = _Shape(head_size, group, query.dtype)

@@ -315,7 +315,10 @@ def _softmax_kernel(
     scores, labels, offsets, where, counts, norms, grad, losses, num_items, temperature,
     KIND: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Cross entropies of softmax(scores / temperature), one program a list."""
+    """Cross entropies of softmax(scores / temperature), one program a list.
+
+    Those quotients are rounded to nearest: the exponential of one that is 2 ulp off has an error as large as it is.
+    """
     number = tl.program_id(0)
     if tl.load(counts + number) == 0:
         return
@@ -329,7 +332,7 @@ def _softmax_kernel(
     for first in range(begin, end, BLOCK):
         items = first + tl.arange(0, BLOCK)
         valid = _are_valid(where, items, items < end)
-        x = tl.load(scores + items, mask=valid, other=0) / temperature
+        x = tl.div_rn(tl.load(scores + items, mask=valid, other=0), temperature)
         y = tl.load(labels + items, mask=valid, other=0)
         if KIND == "decoupled_softmax":
             peak, total = _add_block(peak, total, x, valid & (y <= 0))
@@ -338,7 +341,7 @@ def _softmax_kernel(
         if KIND == "infonce":
             target_peak, target_total = _add_block(target_peak, target_total, x, valid & (y > 0))
         elif (KIND == "listnet") | (KIND == "kl_distillation"):
-            target_peak, target_total = _add_block(target_peak, target_total, y / teacher_temperature, valid)
+            target_peak, target_total = _add_block(target_peak, target_total, tl.div_rn(y, teacher_temperature), valid)
     log_total = tl.log(total)
     loss, pull = tl.zeros([], tl.float32), tl.zeros([], tl.float32)
     if KIND == "infonce":
@@ -347,7 +350,7 @@ def _softmax_kernel(
         for first in range(begin, end, BLOCK):
             items = first + tl.arange(0, BLOCK)
             valid = _are_valid(where, items, items < end)
-            x = tl.load(scores + items, mask=valid, other=0) / temperature
+            x = tl.div_rn(tl.load(scores + items, mask=valid, other=0), temperature)
             positive = valid & (tl.load(labels + items, mask=valid, other=0) > 0)
             share, _, softplus = _sigmoids(peak - x + log_total)
             pull += tl.sum(tl.where(positive, share, 0), axis=0) / norm
@@ -355,7 +358,7 @@ def _softmax_kernel(
     for first in range(begin, end, BLOCK):
         items = first + tl.arange(0, BLOCK)
         valid = _are_valid(where, items, items < end)
-        x = tl.load(scores + items, mask=valid, other=0) / temperature
+        x = tl.div_rn(tl.load(scores + items, mask=valid, other=0), temperature)
         y = tl.load(labels + items, mask=valid, other=0)
         below = tl.where(valid, x - peak, 0)
         if KIND == "decoupled_softmax":
@@ -372,7 +375,7 @@ def _softmax_kernel(
                 target = tl.where(y > 0, tl.exp(tl.where(y > 0, x - target_peak, 0)) / target_total, 0)
                 losses_of_items = tl.zeros([BLOCK], tl.float32)
             else:
-                target_below = y / teacher_temperature - target_peak
+                target_below = tl.div_rn(y, teacher_temperature) - target_peak
                 target = tl.exp(target_below) / target_total
                 losses_of_items = target * (log_total - below)
                 if KIND == "kl_distillation":

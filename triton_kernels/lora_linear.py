@@ -322,10 +322,10 @@ def _table(firsts: Sequence[int], ranks: Sequence[int], scales: Sequence[float],
     numbers = [float(number) for entry in zip(firsts, ranks, scales, strict=False) for number in entry]
     numbers += [0.0] * (-len(numbers) % ENTRIES)
     table = like.new_empty(len(numbers), dtype=torch.float32)
-    for begin in range(0, len(numbers), ENTRIES):
-        _table_kernel[(1,)](
-            table, begin, tuple(numbers[begin : begin + ENTRIES]), COUNT=ENTRIES, num_warps=1, enable_fp_fusion=True
-        )
+    with torch.cuda.device_of(like):
+        for begin in range(0, len(numbers), ENTRIES):
+            part = tuple(numbers[begin : begin + ENTRIES])
+            _table_kernel[(1,)](table, begin, part, COUNT=ENTRIES, num_warps=1, enable_fp_fusion=True)
     return table
 
 

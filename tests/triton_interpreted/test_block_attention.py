@@ -90,3 +90,17 @@ def test_random_layouts(problem: Problem, dtype: torch.dtype) -> None:
 def test_far_ranges_in_parts(problem: Problem, dtype: torch.dtype) -> None:
     if problem.layout.num_tokens:
         check(problem, dtype)
+
+
+def test_windows_of_any_size() -> None:
+    """A window that reaches past the list is none, also where positions behind it are no int32."""
+    layout = BlockLayout.from_lengths([(3, [5], 2)])
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(layout.num_tokens, 2, 16, generator=generator) for _ in range(3)]
+    upstream = torch.randn(inputs[0].shape, generator=generator), torch.zeros(layout.num_tokens, 2)
+    without, *others = (
+        run(inputs, layout, upstream, {"scale": 0.25, "softcap": None, "window": window})
+        for window in (None, 10, 2**31 - 1, 2**31, 2**62)
+    )
+    for other in others:
+        assert all(map(torch.equal, other, without))
