@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import torch
 
@@ -34,6 +35,18 @@ def in_words(layout: BlockLayout, query_heads: int, kv_heads: int, head_size: in
         f"{lists}, {len(documents)} document{'s' if len(documents) > 1 else ''} of {tokens} tokens, prefix {prefix}, "
         f"tail {tail}, {layout.num_tokens} tokens, {query_heads}/{kv_heads} heads of {head_size}"
     )
+
+
+def padded_index(
+    segments: Sequence[tuple[int, int, int]], device: torch.device | str, multiple: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens of segments (begin, end, role) padded to the longest, rounded up: index and valid, [segments, width]."""
+    begins = torch.tensor([begin for begin, _, _ in segments], device=device)
+    lengths = torch.tensor([end - begin for begin, end, _ in segments], device=device)
+    width = -(-int(lengths.max()) // multiple) * multiple
+    offset = torch.arange(width, device=device)
+    valid = offset < lengths[:, None]
+    return torch.where(valid, begins[:, None] + offset, segments[0][0]), valid
 
 
 def causal_pairs(rows: int, before: int = 0) -> int:

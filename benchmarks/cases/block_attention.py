@@ -25,7 +25,7 @@ from cases.lora_linear import expected_of
 from measure import Call, Case, Expected, Finding, Implementation, Problem
 from rankernel import _C, BlockLayout, reference
 from rankernel.layout import DOCUMENT, PREFIX, TAIL
-from workloads import attention_flops, causal_pairs, in_words, matmul, ranking_list, visible_pairs
+from workloads import attention_flops, causal_pairs, in_words, matmul, padded_index, ranking_list, visible_pairs
 
 Lengths = Sequence[tuple[int, list[int], int]]
 Packed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -305,12 +305,8 @@ def _padded(segments: Segments, device: str) -> tuple[torch.Tensor, torch.Tensor
 
     The width is the longest block rounded up to 16.
     """
-    begins = torch.tensor([begin for begin, _, _ in segments], device=device)
-    lengths = torch.tensor([end - begin for begin, end, _ in segments], device=device)
-    width = -(-int(lengths.max()) // 16) * 16
-    offset = torch.arange(width, device=device)
-    valid = offset < lengths[:, None]
-    index = torch.where(valid, begins[:, None] + offset, segments[0][0])
+    index, valid = padded_index(segments, device, multiple=16)
+    offset = torch.arange(index.shape[1], device=device)
     return index, valid, (offset[:, None] >= offset) & valid[:, None, :]
 
 

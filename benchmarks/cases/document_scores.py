@@ -15,7 +15,7 @@ import rankernel
 from cases.lora_linear import NATIVE
 from measure import Call, Case, Expected, Implementation, Problem
 from rankernel import BlockLayout, reference
-from workloads import in_words, ranking_list
+from workloads import in_words, padded_index, ranking_list
 
 Lengths = tuple[int, list[int], int]
 OP = "document_scores"
@@ -106,12 +106,7 @@ def grouped_logits(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
 
 def document_index(layout: BlockLayout) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens of the documents of the only list, padded to the longest: index and valid, [documents, longest]."""
-    documents, device = layout.segments()[0][1:-1], layout.cu_seqlens.device
-    begins = torch.tensor([begin for begin, _, _ in documents], device=device)
-    lengths = torch.tensor([end - begin for begin, end, _ in documents], device=device)
-    offset = torch.arange(int(lengths.max()), device=device)
-    valid = offset < lengths[:, None]
-    return torch.where(valid, begins[:, None] + offset, 0), valid
+    return padded_index(layout.segments()[0][1:-1], layout.cu_seqlens.device)
 
 
 def logsumexp_in_pytorch(
